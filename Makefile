@@ -1,0 +1,32 @@
+# Plain `make` lists what there is. Needs make and Python 3.11, 3.12 or 3.13; everything else goes into .venv.
+PYTHON := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help run test lab setup-git clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+run:  ## run every notebook top to bottom on the mini profile; results go to runs/course
+	@sh scripts/setup.sh notebooks
+	@$(PYTHON) scripts/run_course.py
+
+test:  ## install what the tests need, check the style, run all tests
+	@sh scripts/setup.sh dev
+	@sh scripts/install_chromium.sh
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m pytest
+
+lab:  ## open the course in JupyterLab
+	@sh scripts/setup.sh notebooks
+	@$(PYTHON) -m jupyter lab notebooks/00_start_here.ipynb
+
+setup-git:  ## let git diff and merge notebooks cell by cell (nbdime), in this clone
+	@sh scripts/setup.sh notebooks
+	@git config diff.jupyternotebook.command ".venv/bin/git-nbdiffdriver diff"
+	@git config merge.jupyternotebook.name "jupyter notebook merge driver"
+	@git config merge.jupyternotebook.driver ".venv/bin/git-nbmergedriver merge %O %A %B %L %P"
+	@echo "git diff and git merge now understand notebooks in this clone."
+
+clean:  ## remove .venv, runs and caches; weights and data stay
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

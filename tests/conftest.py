@@ -1,0 +1,45 @@
+"""Shared by all tests: where the reference tensors are, and a table of how far each one was missed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+REAL_DATA = Path(os.environ.get("SPGDD_REAL_DATA", ROOT.parent / "shared" / "tadd_real" / "dev"))
+
+_deviations: dict[str, tuple[float, float]] = {}
+
+
+def check(name: str, actual, expected, atol: float = 0.0, rtol: float = 1e-5) -> None:
+    """Assert that ``actual`` equals the reference within tolerance; the run ends with a table of all deviations.
+
+    The allowed deviation is ``atol + rtol * max|expected|``, so ``rtol`` is relative to the tensor and not to
+    single elements near zero.
+    """
+    actual, expected = torch.as_tensor(actual).float(), torch.as_tensor(expected).float()
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {tuple(actual.shape)}, reference {tuple(expected.shape)}"
+    )
+    deviation = (actual - expected).abs().max().item()
+    allowed = atol + rtol * expected.abs().max().item()
+    _deviations[name] = (deviation, allowed)
+    assert deviation <= allowed, f"{name}: deviates by {deviation:.3g}, allowed {allowed:.3g}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _deviations:
+        terminalreporter.section("reference tensors: largest deviation (allowed)")
+        for name, (deviation, allowed) in sorted(_deviations.items()):
+            terminalreporter.write_line(f"{name:<60} {deviation:.2e} ({allowed:.1e})")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    if not REAL_DATA.is_dir():
+        pytest.skip(
+            f"no real photographs at {REAL_DATA.name} (set SPGDD_REAL_DATA to an MVTec-layout folder)"
+        )
+    return REAL_DATA
