@@ -1,0 +1,54 @@
+"""Sizes of the ImageBind towers: the published "huge" model and the mini one of this course."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MODALITIES = ("vision", "text", "audio", "depth", "thermal", "imu")
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    width: int  # channels of a token
+    depth: int  # transformer blocks
+    heads: int  # attention heads
+
+
+@dataclass(frozen=True)
+class ImageBindConfig:
+    vision: TowerConfig
+    text: TowerConfig
+    joint: int = 1024  # J, width of the space that all modalities share
+    image_size: int = 224  # side in pixels for which the position embeddings were made
+    patch: int = 14  # side of a vision patch in pixels
+    vocab_size: int = 49408  # text tokens, the last two being start and end of text
+    context: int = 77  # length of a text in tokens
+    taps: tuple[int, ...] = (7, 15, 23, 31)  # vision blocks (from 0) whose outputs are the patch tokens
+    others: Mapping[str, TowerConfig] = field(default_factory=dict, hash=False)  # audio, depth, thermal, imu
+
+    def tower(self, modality: str) -> TowerConfig:
+        """Sizes of one tower; raises ValueError for a modality that this configuration does not describe."""
+        towers = {"vision": self.vision, "text": self.text, **self.others}
+        if modality not in towers:
+            raise ValueError(f"this ImageBind has no {modality!r} tower, only {', '.join(towers)}")
+        return towers[modality]
+
+
+# Sizes of imagebind_huge.pth (Girdhar et al. 2023, "ImageBind: One Embedding Space To Bind Them All").
+HUGE = ImageBindConfig(
+    vision=TowerConfig(1280, 32, 16),
+    text=TowerConfig(1024, 24, 16),
+    others={
+        "audio": TowerConfig(768, 12, 12),
+        "depth": TowerConfig(384, 12, 8),
+        "thermal": TowerConfig(768, 12, 12),
+        "imu": TowerConfig(512, 6, 8),
+    },
+)
+
+MINI = ImageBindConfig(
+    vision=TowerConfig(256, 8, 4),
+    text=TowerConfig(192, 4, 4),
+    joint=256,
+    vocab_size=2048,
+    taps=(1, 3, 5, 7),
+)
