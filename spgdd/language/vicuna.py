@@ -1,0 +1,284 @@
+"""Vicuna with LoRA that reads a projected image vector, after PandaGPT (Su et al. 2023, arXiv:2305.16355)."""
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
+
+from spgdd.errors import SpgddError, WeightsError
+from spgdd.language.conversation import ASSISTANT, IGNORE, IMAGE_END, PROMPT_START, encode_turns, fold_history
+from spgdd.language.tokenizer import LlamaTokenizer
+
+V0_VOCABULARY = 32001  # LLaMA's 32000 and one padding token; v1.1 and later went back to 32000
+DOWNLOAD = "Get it with `spgdd weights download PROFILE` or notebook 01."
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA on q, k, v and o of every layer; the defaults are those of the published deltas."""
+
+    r: int = 32  # rank
+    alpha: int = 32  # the update is scaled by alpha / r
+    dropout: float = 0.1
+
+
+PUBLISHED = LoraSettings()
+
+
+class LanguageOutput(NamedTuple):
+    loss: Tensor  # scalar float32, nats per target token of the batch
+    logits: Tensor  # (B, S, V)
+    targets: Tensor  # (B, S) int64, -100 where nothing is learned
+    token_accuracy: Tensor  # scalar float32 in [0, 1]
+
+
+class Answer(NamedTuple):
+    text: str
+    ids: list[int]  # as generated, with the stop marker or EOS
+    stopped: Literal["marker", "eos", "length"]
+
+
+class Vicuna(nn.Module):
+    """A LLaMA language model with LoRA, and the projection of image vectors into its embedding space.
+
+    J is the width of an image vector, H that of the model, P the number of prompt tokens. The base may have
+    any precision or be quantised; LoRA and `llama_proj` are float32. Parameter names are those of PandaGPT's
+    checkpoints.
+    """
+
+    def __init__(self, llama_model: LlamaForCausalLM, tokenizer: LlamaTokenizer, joint: int,
+                 lora: LoraSettings = PUBLISHED):
+        super().__init__()
+        # Old conversions come with sampling settings and wrong token ids that would warn at every call.
+        llama_model.generation_config = GenerationConfig()
+        with warnings.catch_warnings():  # peft still asks transformers under an older name
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            self.llama_model = get_peft_model(llama_model, LoraConfig(
+                task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+                target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+        self.llama_proj = nn.Linear(joint, self.hidden, device=self._embeddings.weight.device)
+        self.tokenizer = tokenizer
+        self.stop_id = tokenizer.piece_id("##")  # of the "\n###" that ends an answer
+
+    @classmethod
+    def load(cls, folder: str | Path, joint: int, dtype: torch.dtype = torch.float32, device_map=None,
+             quantize: Literal["8bit", "4bit"] | None = None, lora: LoraSettings = PUBLISHED) -> "Vicuna":
+        """Read a merged base model (config.json, weights, tokenizer.model), in evaluation mode.
+
+        `dtype` is that of the base whatever the file holds. With `device_map`, for example `{"": "cuda:0"}`,
+        weights go to the device shard by shard. LoRA starts without effect and `llama_proj` random: load a
+        delta next. Raises WeightsError for a missing or damaged file and for a 7B or 13B base other than
+        Vicuna v0, SpgddError where the device's memory is too small.
+        """
+        folder = Path(folder)
+        quantization = _quantization(quantize, dtype)
+        for name in ("config.json", "tokenizer.model"):
+            if not (folder / name).is_file():
+                raise WeightsError(f"No base model in {folder}: {name} is missing. {DOWNLOAD}")
+        try:
+            _check_base(folder)
+            llama, report = LlamaForCausalLM.from_pretrained(
+                folder, dtype=dtype, device_map=device_map, quantization_config=quantization,
+                attn_implementation="sdpa", local_files_only=True, output_loading_info=True)
+        except torch.OutOfMemoryError as error:
+            raise SpgddError(f"The base model in {folder} does not fit the device in {dtype}. Load it with "
+                             "quantize='8bit' or '4bit', or free the device's memory.") from error
+        except (OSError, EOFError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+            raise WeightsError(f"The base model in {folder} is unreadable: {error}. {DOWNLOAD}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise WeightsError(f"The base model in {folder} lacks {len(missing)} tensors, the first is "
+                               f"{missing[0]}. {DOWNLOAD}")
+        return cls(llama, LlamaTokenizer(folder / "tokenizer.model"), joint, lora).eval()
+
+    @property
+    def hidden(self) -> int:
+        """H, the width of the language model."""
+        return self.llama_model.config.hidden_size
+
+    @property
+    def _embeddings(self) -> nn.Embedding:
+        return self.llama_model.get_input_embeddings()
+
+    def forward_loss(self, image_embedding: Tensor, conversations: Sequence[Sequence[dict]],
+                     prompt_tokens: Tensor | None = None, max_length: int = 1024) -> LanguageOutput:
+        """Next-token loss on the answers, averaged over all target tokens of the batch.
+
+        `image_embedding` (B, J) unit vectors, `conversations` one list of turns per image (see
+        `encode_turns`), `prompt_tokens` (B, P, H) or None. Without prompt tokens the layout is PandaGPT's.
+        With them it is AnomalyGPT's: `</Img> ` is tokenised on its own and they follow it. `max_length` cuts
+        the text after image and prompt tokens. Raises SpgddError when nothing is left to learn or the model
+        is too short.
+        """
+        opening = IMAGE_END if prompt_tokens is None else ""
+        rows = [encode_turns(self.tokenizer, turns, max_length, opening) for turns in conversations]
+        ids = self._pad([ids for ids, _ in rows], self.tokenizer.eos)  # (B, T)
+        targets = self._pad([targets for _, targets in rows], IGNORE)  # (B, T)
+        if (targets == IGNORE).all():
+            raise SpgddError(f"No answer is left in this batch after the cut to {max_length} tokens. Raise "
+                             "max_length or shorten the questions.")
+        prefix = self._prefix(self._project(image_embedding), prompt_tokens)  # (B, S - T, H)
+        embeds = torch.cat([prefix, self._embeddings(ids)], dim=1)  # (B, S, H)
+        self._check_length(embeds.shape[1])
+        mask = F.pad((ids != self.tokenizer.eos).long(), (prefix.shape[1], 0), value=1)  # (B, S)
+        targets = F.pad(targets, (prefix.shape[1], 0), value=IGNORE)  # (B, S)
+
+        logits = self.llama_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+        learned = targets[:, 1:] != IGNORE  # position i predicts i + 1
+        predicted, wanted = logits[:, :-1][learned].float(), targets[:, 1:][learned]  # (n, V), (n,)
+        accuracy = (predicted.argmax(-1) == wanted).float().mean()
+        return LanguageOutput(F.cross_entropy(predicted, wanted), logits, targets, accuracy)
+
+    @torch.no_grad()
+    def generate(self, image_embedding: Tensor, question: str, history: Sequence[tuple[str, str]] = (),
+                 prompt_tokens: Tensor | None = None, max_new_tokens: int = 128, temperature: float = 0.0,
+                 top_p: float = 1.0) -> Answer:
+        """Answer one question.
+
+        `image_embedding` (J,) or (n, J): several inputs (images, thermal, audio) are projected each and
+        summed. `history` holds earlier (question, answer) pairs, `prompt_tokens` is (1, P, H) or None as in
+        `forward_loss`. Temperature 0 takes the likeliest token. The text comes without the marker that ends
+        an answer. Raises SpgddError for an empty question and for one that the model has no room for.
+        """
+        vector = self._project(image_embedding).sum(dim=0, keepdim=True)  # (1, H)
+        prompt = self._prompt(vector, fold_history(history, question), prompt_tokens)
+        return self._answers([prompt], max_new_tokens, temperature, top_p)[0]
+
+    @torch.no_grad()
+    def generate_batch(self, image_embedding: Tensor, questions: Sequence[str],
+                       prompt_tokens: Tensor | None = None, max_new_tokens: int = 128) -> list[Answer]:
+        """Answer one question per image with the likeliest tokens: as one by one, in less time.
+
+        `image_embedding` (B, J), `questions` B texts, `prompt_tokens` (B, P, H) or None.
+        """
+        tokens = [None] * len(questions) if prompt_tokens is None else prompt_tokens.split(1)
+        prompts = [self._prompt(vector, fold_history((), question), token) for vector, question, token
+                   in zip(self._project(image_embedding).split(1), questions, tokens, strict=True)]
+        return self._answers(prompts, max_new_tokens)
+
+    @torch.no_grad()
+    def choice_probabilities(self, image_embedding: Tensor, question: str,
+                             choices: Sequence[str] = ("Yes", "No"),
+                             prompt_tokens: Tensor | None = None) -> dict[str, float]:
+        """How likely the answer begins with each of the choices; arguments as in `generate`.
+
+        Returns each choice's share (together 1) and, under "mass", the probability of all of them: near 0 the
+        model wants to say something else. A choice's probability is the product over its tokens; in LLaMA's
+        vocabulary Yes and No are one token each.
+        """
+        vector = self._project(image_embedding).sum(dim=0, keepdim=True)  # (1, H)
+        prompt = self._prompt(vector, fold_history((), question), prompt_tokens).expand(len(choices), -1, -1)
+        ids = self._pad([self.tokenizer.encode(choice) for choice in choices], -1)  # (C, T)
+        embeds = torch.cat([prompt, self._embeddings(ids[:, :-1].clamp(min=0))], dim=1)  # (C, S + T - 1, H)
+        logits = self.llama_model(inputs_embeds=embeds, logits_to_keep=ids.shape[1], use_cache=False).logits
+        log_p = logits.float().log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None])[..., 0]  # (C, T)
+        p = log_p.masked_fill(ids < 0, 0.0).sum(dim=1).exp()  # (C,)
+        return dict(zip(choices, (p / p.sum()).tolist(), strict=True)) | {"mass": p.sum().item()}
+
+    def _project(self, image_embedding: Tensor) -> Tensor:
+        """(J,) or (B, J) to (B, H), in the precision of the token embeddings."""
+        vectors, weight = torch.atleast_2d(image_embedding), self.llama_proj.weight
+        if vectors.dim() != 2 or vectors.shape[1] != weight.shape[1]:
+            raise SpgddError(f"Expected image embeddings (B, {weight.shape[1]}), received "
+                             f"{tuple(image_embedding.shape)}: are vision model and delta of one profile?")
+        return self.llama_proj(vectors.to(weight)).to(self._embeddings.weight.dtype)
+
+    def _pad(self, rows: list[list[int]], value: int) -> Tensor:
+        """Rows of ids to (B, T), padded on the right."""
+        padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)
+        return padded.to(self._embeddings.weight.device)
+
+    def _embed(self, text_or_ids: str | list[int], batch: int = 1) -> Tensor:
+        """Embeddings (batch, T, H) of the same text or ids in each row."""
+        ids = self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
+        return self._embeddings(self._pad([ids], 0)).expand(batch, -1, -1)
+
+    def _prefix(self, image_vector: Tensor, prompt_tokens: Tensor | None) -> Tensor:
+        """All before the text: BOS, prompt start, image (B, H) and, if any, `</Img> ` and prompt tokens."""
+        batch, bos = len(image_vector), self.tokenizer.bos
+        parts = [self._embed([bos], batch), self._embed(PROMPT_START, batch), image_vector[:, None]]
+        if prompt_tokens is not None:
+            parts += [self._embed(IMAGE_END, batch), prompt_tokens.to(image_vector)]
+        return torch.cat(parts, dim=1)  # (B, S, H)
+
+    def _prompt(self, image_vector: Tensor, text: str, prompt_tokens: Tensor | None) -> Tensor:
+        """Embeddings (1, S, H) of everything before the answer; `text` is the question with its history."""
+        text = (IMAGE_END if prompt_tokens is None else "") + text + ASSISTANT
+        prompt = torch.cat([self._prefix(image_vector, prompt_tokens), self._embed(text)], dim=1)
+        self._check_length(prompt.shape[1] + 1)
+        return prompt
+
+    def _check_length(self, length: int) -> None:
+        limit = self.llama_model.config.max_position_embeddings
+        if length > limit:
+            raise SpgddError(f"The conversation takes {length} tokens with the image, this language model "
+                             f"holds {limit}. Shorten the question or drop the oldest turns.")
+
+    def _answers(self, prompts: list[Tensor], max_new_tokens: int, temperature: float = 0.0,
+                 top_p: float = 1.0) -> list[Answer]:
+        """Continue prompts (1, S_i, H), padded on the left so that all answers start in the same column."""
+        longest = max(prompt.shape[1] for prompt in prompts)
+        embeds = torch.cat([F.pad(p, (0, 0, longest - p.shape[1], 0)) for p in prompts])  # (B, S, H)
+        mask = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)  # (B, S)
+        for row, prompt in zip(mask, prompts, strict=True):
+            row[-prompt.shape[1]:] = 1
+        room = self.llama_model.config.max_position_embeddings - longest
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+        config = GenerationConfig(
+            max_new_tokens=min(max_new_tokens, room), bos_token_id=self.tokenizer.bos,
+            pad_token_id=self.tokenizer.eos, eos_token_id=[self.tokenizer.eos, self.stop_id], **sampling)
+        rows = self.llama_model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
+        return [self._answer(row) for row in rows.tolist()]
+
+    def _answer(self, ids: list[int]) -> Answer:
+        """Generated ids up to the first end; only the end marker, a newline and ##, is cut from the text."""
+        for position, token in enumerate(ids):
+            if token == self.stop_id:
+                text = self.tokenizer.decode(ids[:position]).removesuffix("\n")
+                return Answer(text, ids[:position + 1], "marker")
+            if token == self.tokenizer.eos:
+                return Answer(self.tokenizer.decode(ids[:position]), ids[:position + 1], "eos")
+        return Answer(self.tokenizer.decode(ids), ids, "length")
+
+
+def _check_base(folder: Path) -> None:
+    """Refuse a base that the deltas were not trained on, before its weights are read; other sizes pass."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    vocabulary, kind = config.get("vocab_size"), config.get("model_type")
+    if kind != "llama":
+        guess = f"a model of type {kind!r}"
+    elif config.get("hidden_size") not in (4096, 5120) or vocabulary == V0_VOCABULARY:
+        return
+    elif vocabulary != 32000:
+        guess = "another relative of LLaMA (CodeLlama, Llama-3, ...)"
+    elif config.get("max_position_embeddings", 2048) > 2048:
+        guess = "Llama-2 or Vicuna v1.5"
+    else:
+        guess = "the original LLaMA, or Vicuna v1.1 or v1.3"
+    raise WeightsError(f"{folder} holds {guess} (vocabulary {vocabulary}). The deltas need Vicuna v0 with "
+                       f"vocabulary {V0_VOCABULARY}; other bases answer nonsense. Notebook 01 makes it.")
+
+
+def _quantization(quantize: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantize not in (None, "8bit", "4bit"):
+        raise SpgddError(f"quantize must be '8bit', '4bit' or None, received {quantize!r}.")
+    if quantize is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SpgddError(f"Loading in {quantize} needs bitsandbytes: `pip install 'spgdd[gpu]'`.")
+    if quantize == "8bit":
+        # Its 8-bit product takes float16 and says so for every layer of every token.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

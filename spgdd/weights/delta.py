@@ -1,0 +1,88 @@
+"""Delta checkpoints: the trained tensors alone, without the frozen models they belong to."""
+
+import os
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spgdd.errors import WeightsError
+
+
+def load_delta(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name from a published `.pt` or from a `.safetensors` file, on the CPU.
+
+    A `.pt` file is a pickle and could run a program; only tensors are read from it. Raises WeightsError for a
+    missing, damaged or unsafe file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing. Get it with `spgdd weights download PROFILE` or notebook 01.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{path} was refused: it holds program code or is no checkpoint. A delta holds "
+                           "tensors alone. Get it again from the address in notebook 01.") from error
+    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"{path} ({path.stat().st_size:,} bytes) is damaged or incomplete. Delete it and "
+                           "run `spgdd weights download PROFILE` again.") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} is no delta: expected tensors by name, received {type(state).__name__}.")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def apply_delta(module: nn.Module, state: Mapping[str, Tensor],
+                expect: Collection[str] | None = None) -> None:
+    """Copy a delta into `module`, all of it or nothing.
+
+    Names are relative to `module`: PandaGPT's `llama_model.*` and `llama_proj.*` belong to `Vicuna`,
+    AnomalyGPT's `image_decoder.*` and `prompt_learner.*` to `SPGDD`. Values take the precision and device of
+    the module. `expect` lists name prefixes that the delta must cover completely, by default the first
+    components of its own names; of a language model with LoRA only the LoRA tensors count. Raises
+    WeightsError that lists unknown and missing names, other shapes, and tensors with NaN or infinity.
+    """
+    own = module.state_dict(keep_vars=True)
+    prefixes = tuple({name.split(".")[0] + "." for name in state} if expect is None else expect)
+    wanted = {name for name in own
+              if name.startswith(prefixes) and ("lora_" in name or "llama_model." not in name)}
+    problems = {
+        "unknown here": state.keys() - own.keys(),
+        "missing in the delta": wanted - state.keys(),
+        "of another shape": [f"{name} {list(state[name].shape)}, here {list(own[name].shape)}"
+                             for name in state.keys() & own.keys() if state[name].shape != own[name].shape],
+        "not finite": [name for name, value in state.items() if not value.isfinite().all()],
+    }
+    if any(problems.values()):
+        found = " ".join(_listing(what, names) for what, names in problems.items() if names)
+        raise WeightsError(f"The delta does not fit this model. {found} Do delta and profile belong together "
+                           "(size of the language model, LoRA rank)?")
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def save_delta(module: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write the trainable tensors of `module` and `metadata` (in the header) to a `.safetensors` file.
+
+    The file appears under its name only when it is complete, so that a stopped run leaves the previous one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().cpu().contiguous()
+               for name, parameter in module.named_parameters() if parameter.requires_grad}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=dict(metadata))
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _listing(what: str, names: Collection[str]) -> str:
+    shown = sorted(names)[:8] + ["..."] * (len(names) > 8)
+    return f"{len(names)} {what}: {'; '.join(shown)}."

@@ -1,0 +1,375 @@
+"""The language branch against PandaGPT's and AnomalyGPT's own numbers at a tiny size."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import FIXTURES, check
+from spgdd.errors import DataError, SpgddError, WeightsError
+from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna, encode_turns, fold_history
+from spgdd.weights.delta import apply_delta, load_delta
+
+PANDA = FIXTURES / "pandagpt"
+CONFIG = json.loads((PANDA / "config.json").read_text())
+CASES = {case["name"]: case for case in json.loads((PANDA / "generation.json").read_text())}
+JOINT = CONFIG["visual_hidden_size"]
+LORA = LoraSettings(r=CONFIG["lora"]["r"], alpha=CONFIG["lora"]["alpha"])
+ATOL = CONFIG["suggested_atol"]
+BATCHES = ("batch", "single0", "single1", "truncated")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_file(PANDA / "outputs.safetensors")
+
+
+def panda(**options) -> Vicuna:
+    vicuna = Vicuna.load(PANDA / "llama", joint=JOINT, lora=LORA, **options)
+    apply_delta(vicuna, load_delta(PANDA / "delta" / "delta.safetensors"))
+    return vicuna
+
+
+@pytest.fixture(scope="module")
+def vicuna():
+    return panda()
+
+
+@pytest.fixture(scope="module")
+def images(reference, vicuna):
+    """Embeddings behind each generation case. The thermal one is recovered from the projected sum."""
+    first, second = reference["batch.vision_embedding"]
+    with torch.no_grad():
+        rest = reference["gen.image_plus_thermal.feature_embeds"].flatten() - vicuna._project(first)[0]
+        rest = (rest - vicuna.llama_proj.bias)[:, None]
+        thermal = torch.linalg.lstsq(vicuna.llama_proj.weight, rest).solution
+    return {"plain": first, "history": first, "stop": first, "two_images": torch.stack([first, second]),
+            "image_plus_thermal": torch.stack([first, thermal[:, 0]])}
+
+
+def spy(monkeypatch, owner, method) -> dict:
+    """The keyword arguments that `owner.method` receives, filled in when it is called."""
+    seen, original = {}, getattr(owner, method)
+
+    def watched(**inputs):
+        seen.update(inputs)
+        return original(**inputs)
+
+    monkeypatch.setattr(owner, method, watched)
+    return seen
+
+
+@pytest.fixture
+def tokenizer():
+    return LlamaTokenizer(PANDA / "llama" / "tokenizer.model")
+
+
+# Tokenizer and format
+
+
+TEXTS = json.loads((PANDA / "tokenization.json").read_text())
+
+
+@pytest.mark.parametrize("case", TEXTS, ids=lambda case: repr(case["text"]))
+def test_token_ids(tokenizer, case):
+    assert tokenizer.encode(case["text"]) == case["ids"]
+
+
+def test_special_ids_and_stop_piece_come_from_the_vocabulary(tokenizer):
+    assert (tokenizer.bos, tokenizer.eos) == (CONFIG["bos_token_id"], CONFIG["eos_token_id"])
+    assert tokenizer.piece_id("##") == CONFIG["analog_of_stop_id_2277"]["id"]
+    with pytest.raises(WeightsError, match="it lacks"):
+        tokenizer.piece_id("no such piece")
+
+
+def test_decode_skips_vicunas_padding_id(tokenizer):
+    ids = tokenizer.encode("It shows a bottle.")
+    assert tokenizer.decode([tokenizer.bos, *ids, len(tokenizer), tokenizer.eos]) == "It shows a bottle."
+
+
+def test_encoded_turns(tokenizer, reference):
+    for row, turns in enumerate(CONFIG["batch"]["conversations"]):
+        ids, targets = encode_turns(tokenizer, turns, 1024)
+        assert ids == reference["batch.input_ids"][row, :len(ids)].tolist()
+        assert targets == reference["batch.target_ids"][row, :len(ids)].tolist()
+        assert (reference["batch.target_ids"][row, len(ids):] == -100).all()
+
+
+def test_turns_must_alternate(tokenizer):
+    with pytest.raises(DataError, match="Turn 0"):
+        encode_turns(tokenizer, [{"from": "gpt", "value": "Yes."}], 10)
+    with pytest.raises(DataError, match="Turn 1"):
+        encode_turns(tokenizer, [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], 10)
+
+
+def test_history_is_folded_into_the_question():
+    folded = fold_history([("Describe the photo.", "It shows a bottle.")], "What colour is it?")
+    assert folded == CASES["history"]["prompt"]
+    with pytest.raises(SpgddError, match="empty"):
+        fold_history([("a", "b")], "  ")
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_forward(vicuna, reference, name, monkeypatch):
+    seen = spy(monkeypatch, vicuna.llama_model, "forward")
+    length = CONFIG["truncated_max_tgt_len" if name == "truncated" else "max_tgt_len"]
+    with torch.no_grad():
+        output = vicuna.forward_loss(
+            reference[f"{name}.vision_embedding"], CONFIG[name]["conversations"], max_length=length)
+    assert torch.equal(output.targets, reference[f"{name}.labels"])
+    assert torch.equal(seen["attention_mask"], reference[f"{name}.attention_mask"])
+    check(f"pandagpt {name} inputs_embeds", seen["inputs_embeds"], reference[f"{name}.inputs_embeds"], 1e-5)
+    complete = f"{name}.logits" in reference
+    expected = reference[f"{name}.logits" if complete else f"{name}.logits_last8"]
+    check(f"pandagpt {name} logits", output.logits[:, -expected.shape[1]:], expected, ATOL["logits"])
+    check(f"pandagpt {name} loss", output.loss, reference[f"{name}.loss"][0], ATOL["loss"])
+    check(f"pandagpt {name} token accuracy", output.token_accuracy, reference[f"{name}.token_acc"][0], 1e-6)
+
+
+def test_gradients_reach_lora_and_projection_only(vicuna, reference):
+    vicuna.zero_grad()
+    vicuna.forward_loss(reference["batch.vision_embedding"], CONFIG["batch"]["conversations"]).loss.backward()
+    gradients = {name: p.grad for name, p in vicuna.named_parameters() if p.requires_grad}
+    assert set(gradients) == set(CONFIG["delta_keys"])
+    for name, gradient in gradients.items():
+        check(f"pandagpt gradients {'lora' if 'lora' in name else name}", gradient, reference[f"grad.{name}"],
+              atol=ATOL["grad"])
+    assert all(p.grad is None for p in vicuna.parameters() if not p.requires_grad)
+    vicuna.zero_grad()
+
+
+def test_gradient_reaches_prompt_tokens(vicuna, reference):
+    prompts = torch.randn(2, 3, vicuna.hidden, requires_grad=True)
+    conversations = CONFIG["batch"]["conversations"]
+    vicuna.forward_loss(reference["batch.vision_embedding"], conversations, prompts).loss.backward()
+    assert prompts.grad.abs().sum(-1).min() > 0
+    vicuna.zero_grad()
+
+
+def test_nothing_left_to_learn(vicuna):
+    with pytest.raises(SpgddError, match="max_length"):
+        vicuna.forward_loss(torch.zeros(1, JOINT), CONFIG["single0"]["conversations"], max_length=5)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generated_ids(vicuna, reference, images, name, monkeypatch):
+    case = CASES[name]
+    if case["stop_id"] is not None:  # the random model never says ##, so the case stops at another id
+        monkeypatch.setattr(vicuna, "stop_id", case["stop_id"])
+    history = [("Describe the photo.", "It shows a bottle.")] if name == "history" else ()
+    question = "What colour is it?" if name == "history" else case["prompt"]
+    seen = spy(monkeypatch, vicuna.llama_model, "generate")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer = vicuna.generate(images[name], question, history, max_new_tokens=case["max_new_tokens"])
+    check(f"pandagpt {name} prompt", seen["inputs_embeds"], reference[f"gen.{name}.inputs_embeds"], atol=1e-5)
+    assert answer.ids == case["new_tokens"]
+    assert answer.stopped == ("marker" if name == "stop" else "length")
+    if name == "stop":  # only the marker goes; the published code drops one more token
+        assert answer.text == vicuna.tokenizer.decode(case["new_tokens"][:-1]) != case["text"]
+    else:  # nothing is lost at the length limit; the published code drops two tokens
+        assert answer.text == vicuna.tokenizer.decode(case["new_tokens"])
+    assert vicuna.tokenizer.decode(case["tokens_kept_after_strip2"]) == case["text"]
+
+
+def test_first_steps_logits(vicuna, reference):
+    with torch.no_grad():
+        for name, case in CASES.items():
+            prompt = reference[f"gen.{name}.inputs_embeds"]
+            continued = torch.cat([prompt, vicuna._embed(case["new_tokens"][:2])], dim=1)
+            logits = vicuna.llama_model(inputs_embeds=continued, logits_to_keep=3).logits[0]
+            expected = reference[f"gen.{name}.step_logits_first3"]
+            check(f"pandagpt {name} first logits", logits, expected, ATOL["logits"])
+
+
+def test_stop_marker_is_removed_and_nothing_else(vicuna):
+    text = vicuna.tokenizer.encode("No defect.\n")
+    answer = vicuna._answer([*text, vicuna.stop_id, 5, 5])
+    assert answer == ("No defect.", [*text, vicuna.stop_id], "marker")
+    assert vicuna._answer(text) == ("No defect.\n", text, "length")
+    assert vicuna._answer([*text[:-1], vicuna.tokenizer.eos, 7]).stopped == "eos"
+    assert vicuna._answer([*text[:-1], vicuna.tokenizer.eos, 7]).text == "No defect."
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_batch_equals_one_by_one(vicuna, reference, prompted, monkeypatch):
+    monkeypatch.setattr(vicuna, "stop_id", CASES["stop"]["stop_id"])  # rows end at different lengths
+    embeddings = reference["batch.vision_embedding"][[0, 1, 0, 1]]
+    questions = [CASES["plain"]["prompt"], "Hi?", CASES["history"]["prompt"], CASES["plain"]["prompt"]]
+    random = torch.Generator().manual_seed(0)
+    prompts = torch.randn(4, 5, vicuna.hidden, generator=random) if prompted else None
+    batch = vicuna.generate_batch(embeddings, questions, prompts, max_new_tokens=24)
+    single = [vicuna.generate(embeddings[i], questions[i], max_new_tokens=24,
+                              prompt_tokens=None if prompts is None else prompts[i:i + 1]) for i in range(4)]
+    assert batch == single
+    assert prompted or len({len(answer.ids) for answer in batch}) > 1
+
+
+def test_anomalygpt_prompt_and_answers(vicuna):
+    reference = load_file(FIXTURES / "anomalygpt" / "outputs.safetensors")
+    for case in json.loads((FIXTURES / "anomalygpt" / "generation.json").read_text()):
+        name = case["name"]
+        image, prompts = reference[f"{name}.image_feature"][:, 0], reference[f"{name}.prompts"]
+        with torch.no_grad():
+            prompt = vicuna._prompt(image, case["prompt"], prompts)
+        check(f"anomalygpt {name} prompt", prompt, reference[f"{name}.inputs_embeds"], atol=1e-5)
+        assert vicuna._answers([prompt], case["max_new_tokens"])[0].ids == case["new_tokens"]
+
+
+def test_sampling_depends_on_the_seed(vicuna, images):
+    question, answers = CASES["plain"]["prompt"], []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        answers.append(vicuna.generate(images["plain"], question, max_new_tokens=12, temperature=1.0).ids)
+    assert answers[0] == answers[1] != answers[2]
+    narrow = vicuna.generate(images["plain"], question, max_new_tokens=24, temperature=1.0, top_p=0.01)
+    assert narrow.ids == CASES["plain"]["new_tokens"]  # the published demo's setting is as good as greedy
+
+
+def test_wrong_inputs_are_named(vicuna, images):
+    with pytest.raises(SpgddError, match="empty"):
+        vicuna.generate(images["plain"], " ")
+    with pytest.raises(SpgddError, match="holds 256"):
+        vicuna.generate(images["plain"], "why? " * 200)
+    with pytest.raises(SpgddError, match="one profile"):
+        vicuna.generate(torch.zeros(JOINT + 1), "What is it?")
+    filled = vicuna.generate(images["plain"], "why? " * 40, max_new_tokens=512)
+    assert filled.stopped == "length" and len(filled.ids) < 256
+
+
+def test_choice_probabilities(vicuna, images):
+    choices = ("Yes", "No", "anomaly")
+    found = vicuna.choice_probabilities(images["plain"], "Is it?", choices)
+    with torch.no_grad():  # step by step: the model's own probability of each piece
+        prompt = vicuna._prompt(vicuna._project(images["plain"]), "Is it?", None)
+        expected = []
+        for choice in choices:
+            p, ids = 1.0, vicuna.tokenizer.encode(choice)
+            for position, piece in enumerate(ids):
+                embeds = torch.cat([prompt, vicuna._embed(ids[:position])], dim=1)
+                p *= vicuna.llama_model(inputs_embeds=embeds).logits[0, -1].softmax(-1)[piece].item()
+            expected.append(p)
+    check("choices mass", found["mass"], sum(expected), atol=1e-7)
+    check("choices", [found[c] for c in choices], [p / sum(expected) for p in expected], atol=1e-5)
+    assert sum(found[c] for c in choices) == pytest.approx(1)
+
+
+# Loading and precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_base_keeps_trainable_weights_in_float32(reference, dtype):
+    half = panda(dtype=dtype)
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in half.parameters() if not p.requires_grad} == {dtype}
+    inputs = reference["batch.vision_embedding"], CONFIG["batch"]["conversations"]
+    half.forward_loss(*inputs).loss.backward()
+    assert all(p.grad.isfinite().all() for p in half.parameters() if p.requires_grad)
+    assert len(half.generate(inputs[0][0], "What is it?", max_new_tokens=3).ids) == 3
+    check(f"loss, base {dtype}", half.forward_loss(*inputs).loss, reference["batch.loss"][0], rtol=0.01)
+    for base, model in {dtype: half, torch.float32: panda()}.items():
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model.forward_loss(*inputs).loss
+        check(f"loss, base {base}, autocast {dtype}", loss, reference["batch.loss"][0], rtol=0.01)
+
+
+def test_half_precision_file_runs_in_float32(tmp_path):
+    folder = shutil.copytree(PANDA / "llama", tmp_path / "llama")
+    LlamaForCausalLM.from_pretrained(folder).half().save_pretrained(folder)
+    loaded = Vicuna.load(folder, joint=JOINT, lora=LORA)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert not loaded.training
+
+
+def test_tokenizer_model_is_the_only_tokenizer_file_needed(tmp_path):
+    folder = shutil.copytree(PANDA / "llama", tmp_path / "llama")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "added_tokens.json").write_text('{"[PAD]": 32000}')
+    assert Vicuna.load(folder, joint=JOINT, lora=LORA).tokenizer.eos == 2
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.model", "model.safetensors"])
+def test_missing_file(tmp_path, missing):
+    folder = shutil.copytree(PANDA / "llama", tmp_path / "llama")
+    (folder / missing).unlink()
+    with pytest.raises(WeightsError, match=r"llama.*weights download"):
+        Vicuna.load(folder, joint=JOINT)
+
+
+@pytest.mark.parametrize("damaged", ["config.json", "tokenizer.model", "model.safetensors"])
+def test_damaged_file(tmp_path, damaged):
+    folder = shutil.copytree(PANDA / "llama", tmp_path / "llama")
+    content = (folder / damaged).read_bytes()
+    (folder / damaged).write_bytes(content[:len(content) // 2])
+    with pytest.raises(WeightsError, match="weights download"):
+        Vicuna.load(folder, joint=JOINT)
+
+
+def test_absent_tensor(tmp_path):
+    folder = shutil.copytree(PANDA / "llama", tmp_path / "llama")
+    state = load_file(folder / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="model.norm.weight"):
+        Vicuna.load(folder, joint=JOINT)
+
+
+@pytest.mark.parametrize("config,guess", [
+    ({"vocab_size": 32000, "max_position_embeddings": 4096}, "Llama-2 or Vicuna v1.5"),
+    ({"vocab_size": 32000}, "v1.1 or v1.3"),
+    ({"vocab_size": 32016, "hidden_size": 5120, "max_position_embeddings": 16384}, "CodeLlama"),
+    ({"vocab_size": 32000, "model_type": "mistral"}, "'mistral'"),
+])
+def test_wrong_base_is_recognised_before_its_weights(tmp_path, config, guess):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 4096} | config))
+    shutil.copy(PANDA / "llama" / "tokenizer.model", tmp_path)
+    with pytest.raises(WeightsError, match=guess) as raised:
+        Vicuna.load(tmp_path, joint=JOINT)
+    assert "Vicuna v0" in str(raised.value)
+
+
+def test_vicuna_v0_passes_the_check_of_the_base(tmp_path):
+    config = {"model_type": "llama", "hidden_size": 4096, "vocab_size": 32001, "bos_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(PANDA / "llama" / "tokenizer.model", tmp_path)
+    with pytest.raises(WeightsError, match="unreadable.*model.safetensors"):  # it got as far as the weights
+        Vicuna.load(tmp_path, joint=JOINT)
+
+
+def test_too_little_memory_names_the_way_out(monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", full)
+    with pytest.raises(SpgddError, match="quantize='8bit'"):
+        Vicuna.load(PANDA / "llama", joint=JOINT)
+
+
+def test_quantisation_without_bitsandbytes(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SpgddError, match=r"spgdd\[gpu\]"):
+        Vicuna.load(PANDA / "llama", joint=JOINT, quantize="4bit")
+    with pytest.raises(SpgddError, match="'2bit'"):
+        Vicuna.load(PANDA / "llama", joint=JOINT, quantize="2bit")
+
+
+@pytest.mark.parametrize("prefix", ["llama_model.", "llama_proj."])
+def test_7b_names_and_shapes_are_the_published_ones(tokenizer, prefix):
+    published = json.loads((FIXTURES / "pandagpt_7b_delta_keys.json").read_text())["keys"]
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=32001))  # the other defaults are LLaMA-7B's
+        large = Vicuna(base, tokenizer, joint=1024)
+    own = {name: list(p.shape) for name, p in large.named_parameters() if p.requires_grad}
+    assert all(p.is_meta for p in large.parameters())
+    assert {n: s for n, s in own.items() if n.startswith(prefix)} == {
+        n: entry["shape"] for n, entry in published.items() if n.startswith(prefix)}
