@@ -1,0 +1,147 @@
+"""The profiles: one word chooses the networks, their files and what the machine must have."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from spgdd.errors import SpgddError
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A file of trained parameters."""
+
+    file: str  # relative to the weights folder
+    parts: tuple[str, ...]  # what it must supply in full, by the names of SPGDD's parameters
+    notebook: str  # where the file comes from
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything that differs between two sizes of the system. Paths are relative to the weights folder."""
+
+    name: str
+    purpose: str  # one line for tables and error messages
+    imagebind: str  # name of the ImageBindConfig constant in spgdd.imagebind
+    imagebind_file: str  # .pth or .safetensors
+    text_tokenizer: str | None  # folder of ImageBind's text tokenizer; None: CLIP's, in the package
+    language: str  # folder of the LLaMA-shaped model: config.json, weights, tokenizer.model
+    deltas: tuple[Delta, ...]  # in load order: a later file wins
+    lora_rank: int  # rank of the LoRA matrices on q, k, v, o, and their alpha
+    scales: tuple[int, ...]  # sides of the memory's neighbourhoods, in patches; (1,): AnomalyGPT's
+    focus: bool  # focus tokens (TDDF) after the map tokens; without them the layout is AnomalyGPT's
+    prompt_channels: tuple[int, ...]  # of the prompt learner's convolutions
+    fit: str  # an image becomes square by "crop" (centre) or "squash" (all of it, out of proportion)
+    precision: str  # "auto": half precision on a GPU (spgdd.model.choose_dtype); "float32": always
+    disk_gb: float  # size of the files
+    gpu_gb: float  # GPU memory to diagnose one image, estimated from the parameter counts
+    licence: str  # of the weights, one line
+    notebook: str  # where the files come from, the deltas' apart
+
+    def files(self) -> dict[str, str]:
+        """The files that must be there before loading can start, each with the notebook that provides it."""
+        base = [self.imagebind_file, f"{self.language}/config.json", f"{self.language}/tokenizer.model"]
+        if self.text_tokenizer:
+            base.append(f"{self.text_tokenizer}/merges.txt")
+        return {file: self.notebook for file in base} | {delta.file: delta.notebook for delta in self.deltas}
+
+
+MAP_PARTS = ("image_decoder", "prompt_learner")
+SPGDD_PARTS = (*MAP_PARTS, "memory", "focus")
+LANGUAGE_PARTS = ("language.llama_model", "language.llama_proj")  # of the language model, LoRA alone
+RESEARCH = (
+    "non-commercial research only: ImageBind, PandaGPT, AnomalyGPT under CC BY-NC-SA 4.0; "
+    "Vicuna v0 under LLaMA's licence"
+)
+
+
+def _large(name: str, size: str, delta: Delta, **fields) -> Profile:
+    """A profile on ImageBind-Huge and Vicuna v0, with PandaGPT's delta under its own."""
+    pandagpt = Delta(f"pandagpt_ckpt/{size}/pytorch_model.pt", LANGUAGE_PARTS, "notebook 01")
+    return Profile(
+        name=name,
+        imagebind="HUGE",
+        imagebind_file="imagebind_ckpt/imagebind_huge.pth",
+        text_tokenizer=None,
+        language=f"vicuna_ckpt/{size}_v0",
+        deltas=(pandagpt, delta),
+        lora_rank=32,
+        prompt_channels=(4, 16, 64, 256, 1024),
+        fit="squash",  # as AnomalyGPT was trained, and no part of the image is lost
+        precision="auto",
+        licence=RESEARCH,
+        notebook="notebook 01",
+        **fields,
+    )
+
+
+_ALL = (
+    Profile(
+        name="mini",
+        purpose="every mechanism at small size, on any laptop",
+        imagebind="MINI",
+        imagebind_file="mini/imagebind.safetensors",
+        text_tokenizer="mini/text_tokenizer",
+        language="mini/language",
+        deltas=(
+            Delta("mini/pandagpt_delta.safetensors", LANGUAGE_PARTS, "notebook 00"),
+            Delta("mini/delta.safetensors", (*LANGUAGE_PARTS, *SPGDD_PARTS), "notebook 00"),
+        ),
+        lora_rank=32,
+        scales=(1, 3, 5),
+        focus=True,
+        prompt_channels=(4, 16, 32, 64, 128),
+        fit="squash",
+        precision="float32",
+        disk_gb=0.1,
+        gpu_gb=0.5,
+        licence="that of this repository",
+        notebook="notebook 00",
+    ),
+    _large(
+        "anomalygpt-7b",
+        "7b",
+        Delta("anomalygpt_ckpt/train_mvtec/pytorch_model.pt", MAP_PARTS, "notebook 01"),
+        purpose="AnomalyGPT's published weights: a working 7B diagnosis",
+        scales=(1,),
+        focus=False,
+        disk_gb=18.6,
+        gpu_gb=17,
+    ),
+    _large(
+        "spgdd-7b",
+        "7b",
+        Delta("spgdd_ckpt/7b/delta.safetensors", SPGDD_PARTS, "notebook 05"),
+        purpose="the paper's system, trained by you",
+        scales=(1, 3, 5),
+        focus=True,
+        disk_gb=18.9,
+        gpu_gb=17,
+    ),
+    _large(
+        "spgdd-13b",
+        "13b",
+        Delta("spgdd_ckpt/13b/delta.safetensors", SPGDD_PARTS, "notebook 05"),
+        purpose="the paper's system with the larger language model, trained by you",
+        scales=(1, 3, 5),
+        focus=True,
+        disk_gb=31.6,
+        gpu_gb=30,
+    ),
+)
+PROFILES = {profile.name: profile for profile in _ALL}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile called ``name``. Raises SpgddError with the known names."""
+    if name not in PROFILES:
+        raise SpgddError(f"there is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
+    return PROFILES[name]
+
+
+def weights_folder(root: str | os.PathLike | None = None) -> Path:
+    """``root``, else $SPGDD_WEIGHTS, else ``pretrained_ckpt`` of the checkout, else of the working folder."""
+    if root or (root := os.environ.get("SPGDD_WEIGHTS")):
+        return Path(root).expanduser()
+    checkout = Path(__file__).resolve().parent.parent / "pretrained_ckpt"
+    return checkout if checkout.is_dir() else Path("pretrained_ckpt")

@@ -1,0 +1,115 @@
+"""The text-driven focuser: patch tokens against sentences on normal and abnormal products (zero-shot map)."""
+
+from collections.abc import Callable
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAP_SIZE = 224
+TEMPERATURE = 0.01  # similarities are divided by it before the softmax
+FOCUS = 0.05  # temperature of the attention that pools patches by their anomaly
+
+STATES = {
+    "normal": ("{}", "flawless {}", "perfect {}", "unblemished {}",
+               "{} without flaw", "{} without defect", "{} without damage"),
+    "abnormal": ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage"),
+}  # fmt: skip
+TEMPLATES = ("a photo of a {}.", "a photo of the {}.")
+
+
+def text_prompts(product: str) -> dict[str, list[str]]:
+    """AnomalyGPT's state ensemble: 14 "normal" and 10 "abnormal" sentences; ``_`` becomes a space."""
+    name = product.replace("_", " ")
+    return {
+        side: [template.format(state.format(name)) for state in states for template in TEMPLATES]
+        for side, states in STATES.items()
+    }
+
+
+def text_anchors(
+    encode_text: Callable[[Tensor], Tensor], tokenizer: Callable[[list[str]], Tensor], product: str
+) -> Tensor:
+    """Unit vectors (2, J) float32, [normal, abnormal]: the mean of each side's sentences, as in AnomalyGPT.
+
+    ``tokenizer`` turns n sentences into ids (n, 77), ``encode_text`` ids into vectors (n, J) of equal length.
+    """
+    sides = [encode_text(tokenizer(texts)).float().mean(0) for texts in text_prompts(product).values()]
+    return F.normalize(torch.stack(sides), dim=-1)
+
+
+class PatchDecoder(nn.Module):
+    """One linear layer per tap, from the vision width to the joint width: (B, L, N, D) -> (B, L, N, J)."""
+
+    def __init__(self, width: int, joint: int, taps: int):
+        super().__init__()
+        self.fc = nn.ModuleList(nn.Linear(width, joint) for _ in range(taps))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        taps = patches.to(self.fc[0].weight.dtype).unbind(1)
+        return torch.stack([layer(tokens) for layer, tokens in zip(self.fc, taps, strict=True)], dim=1)
+
+
+def zero_shot_logits(decoded: Tensor, anchors: Tensor) -> Tensor:
+    """Cosine similarity over temperature, (B, L, 2, G, G) with N = G*G.
+
+    ``decoded`` (B, L, N, J); ``anchors`` unit vectors (2, J), or (B, 2, J) where products differ.
+    """
+    anchors = anchors.expand(len(decoded), -1, -1)  # (B, 2, J)
+    logits = torch.einsum("blnj,bcj->blcn", F.normalize(decoded.float(), dim=-1), anchors) / TEMPERATURE
+    grid = isqrt(decoded.shape[2])
+    return logits.unflatten(-1, (grid, grid))  # (B, L, 2, N) -> (B, L, 2, G, G)
+
+
+def zero_shot_probabilities(decoded: Tensor, anchors: Tensor) -> Tensor:
+    """Probabilities [normal, abnormal] of pixels, (B, L, 2, 224, 224): enlarged first, then softmax."""
+    logits = zero_shot_logits(decoded, anchors)
+    pixels = enlarge(logits.flatten(0, 1)).softmax(1)  # (B*L, 2, 224, 224)
+    return pixels.unflatten(0, logits.shape[:2])
+
+
+def zero_shot_map(decoded: Tensor, anchors: Tensor) -> Tensor:
+    """Anomaly map (B, 1, 224, 224), 0 normal to 1 abnormal: the abnormal probability, mean over the taps."""
+    return zero_shot_probabilities(decoded, anchors)[:, :, 1].mean(1, keepdim=True)
+
+
+class Focus(nn.Module):
+    """Focus tokens of the TDDF: what the most anomalous patches look like, one token per tap.
+
+    Patches are pooled with weights softmax(map / FOCUS), so the tokens follow the map to the defect; each tap's mean is
+    normalised and projected to the language model: (B, L, N, D) and a map (B, 1, 224, 224) -> (B, L, H).
+    """
+
+    def __init__(self, width: int, hidden: int, taps: int):
+        super().__init__()
+        self.fc = nn.ModuleList(nn.Linear(width, hidden) for _ in range(taps))
+
+    def forward(self, patches: Tensor, anomaly_map: Tensor) -> Tensor:
+        grid = isqrt(patches.shape[2])
+        weights = F.adaptive_avg_pool2d(anomaly_map.float(), grid).flatten(1).div(FOCUS).softmax(-1)  # (B, N)
+        pooled = torch.einsum("bn,blnd->bld", weights, patches.float())
+        pooled = F.layer_norm(pooled, pooled.shape[-1:])
+        return torch.stack([layer(pooled[:, tap]) for tap, layer in enumerate(self.fc)], dim=1)
+
+
+def enlarge(maps: Tensor) -> Tensor:
+    """Patch maps (B, C, G, G) -> pixel maps (B, C, 224, 224), bilinear, aligned corners (AnomalyGPT)."""
+    return F.interpolate(maps, size=(MAP_SIZE, MAP_SIZE), mode="bilinear", align_corners=True)
+
+
+def focal_loss(probabilities: Tensor, mask: Tensor, gamma: float = 2.0, smooth: float = 1e-5) -> Tensor:
+    """Focal loss (Lin et al. 2017), smoothed as in AnomalyGPT, mean over pixels.
+
+    ``probabilities`` (B, 2, H, W) of [normal, abnormal], ``mask`` (B, H, W) of 0 and 1.
+    """
+    target = torch.stack([1 - mask, mask], dim=1).clamp(smooth, 1 - smooth)  # (B, 2, H, W)
+    p_true = (probabilities * target).sum(1) + smooth
+    return -((1 - p_true) ** gamma * p_true.log()).mean()
+
+
+def dice_loss(probability: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
+    """1 - Dice coefficient of the abnormal probability and a 0/1 mask, both (B, H, W), mean over images."""
+    overlap = (probability * mask).flatten(1).sum(1)
+    total = probability.flatten(1).sum(1) + mask.flatten(1).sum(1)
+    return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
