@@ -1,0 +1,7 @@
+"""``python -m spgdd`` is the command ``spgdd``."""
+
+import sys
+
+from spgdd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,125 @@
+"""From the model's square to places in the picture: maps, boxes and regions in the picture's own frame."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from spgdd.tadd.words import PLACES
+
+SIZE, PATCH = 224, 14  # pixels of the model's square and of one patch
+GRID = SIZE // PATCH
+SPECK = (PATCH // 2) ** 2  # pixels of the square; smaller regions are dropped
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The square that ``spgdd.imagebind.preprocess.to_pixels`` makes of a picture of ``width`` x ``height``.
+
+    fit "squash" sees all of it, "crop" only the centre. Positions follow the half-pixel convention: pixel i
+    covers i to i + 1 and its centre is at i + 0.5.
+    """
+
+    width: int
+    height: int
+    fit: str
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """Width and height of the whole picture in pixels of the square."""
+        if self.fit == "squash":
+            return SIZE, SIZE
+        short = min(self.width, self.height)
+        return int(SIZE * self.width / short), int(SIZE * self.height / short)
+
+    @property
+    def seen_share(self) -> float:
+        """Share of the picture that lies in the square, 0..1."""
+        width, height = self.resized
+        return SIZE**2 / (width * height)
+
+    def _axes(self):
+        """Per axis, x first: length of the picture, the same in the square's pixels, offset of the square."""
+        for length, resized in zip((self.width, self.height), self.resized, strict=True):
+            yield length, resized, round((resized - SIZE) / 2)
+
+    def to_picture(self, square_map: np.ndarray) -> np.ndarray:
+        """Map (224, 224) -> float32 (height, width) of the picture; NaN where the model saw nothing."""
+        columns, rows = (
+            (np.arange(length) + 0.5) * resized / length - 0.5 - offset
+            for length, resized, offset in self._axes()
+        )
+        picture = _interpolate(_interpolate(square_map, rows).T, columns).T  # (H, 224) -> (W, H) -> (H, W)
+        picture[np.abs(rows - (SIZE - 1) / 2) > SIZE / 2] = np.nan
+        picture[:, np.abs(columns - (SIZE - 1) / 2) > SIZE / 2] = np.nan
+        return picture
+
+    def box_to_picture(self, x0: float, y0: float, x1: float, y1: float) -> tuple[int, int, int, int]:
+        """Box edges in the square -> pixels (x0, y0, x1, y1) of the picture; x1, y1 outside; never empty."""
+        (left, right), (top, bottom) = (
+            _whole((low + offset) * length / resized, (high + offset) * length / resized, length)
+            for low, high, (length, resized, offset) in zip((x0, y0), (x1, y1), self._axes(), strict=True)
+        )
+        return left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected part of the picture that looks unlike the normal ones."""
+
+    box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels of the picture; x1 and y1 lie outside
+    area_share: float  # of the whole picture, 0..1
+    place: str  # of the box's centre: one of spgdd.tadd.words.PLACES
+    peak: float  # largest map value in it
+
+
+def find_regions(
+    square_map: np.ndarray, outline: float, peak: float, placement: Placement
+) -> tuple[Region, ...]:
+    """Connected parts of the map (224, 224) above ``outline`` that reach ``peak``, strongest first.
+
+    Parts smaller than a quarter of a patch are dropped, unless nothing else is there.
+    """
+    labels, _ = ndimage.label(square_map > outline, structure=np.ones((3, 3)))
+    found = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        values = square_map[rows, columns][labels[rows, columns] == number]
+        box = placement.box_to_picture(columns.start, rows.start, columns.stop, rows.stop)
+        area_share = values.size * placement.seen_share / SIZE**2
+        found.append((values.size, Region(box, area_share, place_of(box, placement), float(values.max()))))
+    found.sort(key=lambda item: -item[1].peak)
+    kept = [region for size, region in found if size >= SPECK and region.peak >= peak]
+    return tuple(kept or [region for _, region in found[:1]])
+
+
+def place_of(box: tuple[int, int, int, int], placement: Placement) -> str:
+    """Cell of the 3 x 3 grid with the box's centre; a centre on a cut belongs to the left or upper cell."""
+    column, row = (
+        sum(3 * (low + high) > 2 * cut * length for cut in (1, 2))  # in whole numbers: exact on the cut
+        for low, high, length in zip(box[:2], box[2:], (placement.width, placement.height), strict=True)
+    )
+    return PLACES[3 * row + column]
+
+
+def align(corner_map: np.ndarray) -> np.ndarray:
+    """The model's map (224, 224) with each patch's value at the patch, edge patches reaching to the border.
+
+    The model enlarges its 16 x 16 values with align_corners=True, as AnomalyGPT does, which puts the outer
+    patches' values on the border: up to half a patch from where they belong.
+    """
+    position = (np.arange(SIZE) - (PATCH - 1) / 2) / PATCH * (SIZE - 1) / (GRID - 1)
+    return _interpolate(_interpolate(corner_map, position).T, position).T
+
+
+def _interpolate(values: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Rows of ``values`` (R, C) at fractional row numbers (P,), edge rows continued: float32 (P, C)."""
+    position = np.clip(position, 0, len(values) - 1)
+    low = np.minimum(position.astype(int), len(values) - 2)
+    share = (position - low).astype(np.float32)[:, None]
+    return values[low] * (1 - share) + values[low + 1] * share
+
+
+def _whole(low: float, high: float, length: int) -> tuple[int, int]:
+    """Whole pixels that hold the interval, give or take rounding errors."""
+    first = min(max(int(np.floor(low + 1e-6)), 0), length - 1)
+    return first, min(max(int(np.ceil(high - 1e-6)), first + 1), length)

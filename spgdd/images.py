@@ -1,0 +1,129 @@
+"""Pictures in: any file that a person hands over becomes RGB as they see it, or one clear error."""
+
+import glob
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from spgdd.errors import ImageError
+
+SUFFIXES = frozenset(
+    ".png .apng .jpg .jpeg .jfif .bmp .gif .tif .tiff .webp .avif .jp2 .ppm .pgm .pbm .heic .heif".split()
+)
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+
+
+def read_image(source) -> Image.Image:
+    """The picture as a person sees it: RGB, EXIF orientation applied, transparency on white, first frame.
+
+    ``source`` is a path, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, bool,
+    float in 0..1, or uint16 grey. Grey of 16 and more bits is stretched from its own smallest and largest
+    value to 0..255. What was changed or left out is told in ``.info["notes"]``, a list of str.
+    Raises ImageError.
+    """
+    name = image_name(source)
+    if isinstance(source, np.ndarray):
+        source = _from_array(source, name)
+    elif isinstance(source, (str, Path)):
+        _check_file(Path(source), name)
+    elif not isinstance(source, Image.Image):
+        raise ImageError(f"{type(source).__name__} is no image: give a path, a PIL image or a numpy array.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damage ends in an error; large within the limit is fine
+            if isinstance(source, Image.Image):
+                return _to_rgb(source, [])
+            with Image.open(source) as image:
+                frames = getattr(image, "n_frames", 1)
+                return _to_rgb(image, [f"first of {frames} frames"] if frames > 1 else [])
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not a picture that Pillow can read, or too damaged to tell. "
+                         "Export it again, as PNG or JPEG.") from error  # fmt: skip
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error} Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
+    except Exception as error:  # damaged or hostile data makes decoders raise nearly anything
+        reason = " ".join(str(error).split())
+        raise ImageError(f"{name}: damaged or incomplete ({reason}). Copy or export it again.") from error
+
+
+def image_name(source) -> str:
+    """The path exactly as given; for a picture in memory the file it came from, or "image"."""
+    return str(source) if isinstance(source, (str, Path)) else str(getattr(source, "filename", "") or "image")
+
+
+def list_images(paths) -> list[Path]:
+    """The picture files of files, folders and glob patterns (one or a list), in natural order (2 before 10).
+
+    A folder gives the pictures directly in it, without hidden and other files; a file that is named is kept
+    whatever it is. Raises ImageError where a folder or pattern gives none.
+    """
+    found = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        if Path(path).is_dir():
+            matches = list(Path(path).iterdir())
+        elif glob.has_magic(str(path)) and not Path(path).exists():
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        else:
+            found.append(Path(path))
+            continue
+        files = [file for file in matches if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+        if not files:
+            raise ImageError(f"{path}: no picture in here. Sub-folders are not searched: name one.")
+        found += sorted(files, key=_natural)
+    return found
+
+
+def _natural(path: Path) -> list:
+    parts = re.split(r"(\d+)", str(path))
+    return [(int(part), "") if part.isdecimal() else (-1, part.lower()) for part in parts]
+
+
+def _check_file(path: Path, name: str) -> None:
+    if path.exists() and not path.is_file():
+        raise ImageError(f"{name}: a folder, not a picture; list_images({name!r}) gives those in it.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be opened ({error.strerror}).") from error
+    if not start:
+        raise ImageError(f"{name}: the file is empty (0 bytes). Copy or export it again.")
+    if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError as error:
+            raise ImageError(f"{name}: HEIC needs `pip install pillow-heif`; or export as JPEG.") from error
+        register_heif_opener()
+
+
+def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    image = ImageOps.exif_transpose(image)  # decodes all pixels, returns a copy
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float64)
+        finite = grey[np.isfinite(grey)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+        grey = np.clip((grey - low) * (255 / ((high - low) or 1)), 0, 255)
+        image = Image.fromarray(np.rint(np.nan_to_num(grey)).astype(np.uint8))
+        notes = [*notes, f"grey values {low:g} to {high:g} stretched to 0 to 255"]
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {"notes": notes}
+    return image
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if 0 in array.shape or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"{name}: array of shape {array.shape}; expected (H, W), (H, W, 3) or (H, W, 4).")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]  # (H, W)
+    if array.dtype == np.bool_ or (array.dtype.kind == "f" and 0 <= array.min() and array.max() <= 1):
+        array = np.rint(array * 255.0).astype(np.uint8)
+    elif array.dtype != np.uint8 and not (array.dtype == np.uint16 and array.ndim == 2):
+        raise ImageError(f"{name}: array of {array.dtype} from {array.min():g} to {array.max():g}; expected "
+                         "uint8, float in 0..1, bool, or uint16 of shape (H, W).")  # fmt: skip
+    return Image.fromarray(np.ascontiguousarray(array))
