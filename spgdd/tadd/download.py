@@ -1,0 +1,58 @@
+"""Data sets from their publishers: verified where a direct link exists, instructions where not.
+
+The links, sizes, hashes and licences are data, in ``datasets.json``.
+"""
+
+import json
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+from spgdd.errors import DataError
+
+CATALOG = json.loads(Path(__file__).with_name("datasets.json").read_text(encoding="utf-8"))
+DATASETS = {entry["name"]: entry for entry in CATALOG}
+
+
+def about(name: str, root: str | Path = "data/TADD") -> str:
+    """Title, licence, size, page, and what to do by hand where there is no direct link."""
+    entry = _entry(name)
+    size = sum(file.get("bytes", file.get("about_bytes", 0)) for file in entry.get("files", ()))
+    lines = [entry["title"], f"  licence: {entry['licence']}", f"  page:    {entry['page'] or 'unknown'}"]
+    lines += [f"  size:    {size / 1e9:.1f} GB to download, and about as much again unpacked"] if size else []
+    if "steps" in entry:
+        lines.append(f"  by hand: {entry['steps'].format(folder=Path(root) / entry['folder'])}")
+    return "\n".join(lines)
+
+
+def download(name: str, root: str | Path = "data/TADD") -> Path:
+    """Fetch, verify and unpack a data set; returns its folder. DataError with the steps if it has no link."""
+    from spgdd.weights.catalog import File
+    from spgdd.weights.download import fetch
+
+    entry = _entry(name)
+    if "files" not in entry:
+        raise DataError(f"{name} cannot be downloaded from here.\n{about(name, root)}")
+    folder = Path(os.path.normpath(Path(root) / entry["folder"]))
+    for file in entry["files"]:
+        options = {key: value for key, value in file.items() if key not in ("name", "sources")}
+        fetch(File(file["name"], tuple(file["sources"]), **options), folder)
+        unpack(folder / file["name"])
+    return folder
+
+
+def unpack(archive: Path) -> None:
+    """Unpack a .zip, .tar or .tar.xz beside itself; the standard library refuses paths to elsewhere."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(archive.parent)
+    elif tarfile.is_tarfile(archive):
+        with tarfile.open(archive) as file:
+            file.extractall(archive.parent, filter="data")
+
+
+def _entry(name: str) -> dict:
+    if name not in DATASETS:
+        raise DataError(f"There is no data set called {name!r}. Known are: {', '.join(DATASETS)}.")
+    return DATASETS[name]
