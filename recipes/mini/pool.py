@@ -1,0 +1,103 @@
+"""A pool of generated photographs on the training device, renewed bit by bit while training draws from it.
+
+A group is one product: two good photographs, then two of it damaged. Drawing a photograph costs about as much as a
+training step on it, so each is used several times, each time turned, flipped and recoloured at random.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spgdd.tadd.miniworld.products import FAMILIES
+from spgdd.tadd.miniworld.world import (
+    HELD_OUT_FAMILIES,
+    HELD_OUT_TYPES,
+    TYPES,
+    measure,
+    photograph,
+    possible_types,
+)
+
+GROUP = 4
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+TRAIN_FAMILIES = tuple(name for name in FAMILIES if name not in HELD_OUT_FAMILIES)
+TRAIN_TYPES = tuple(name for name in TYPES if name not in HELD_OUT_TYPES)
+
+
+class Batch(NamedTuple):
+    pixels: Tensor  # (G, 4, 3, S, S) normalised
+    coverage: Tensor  # (G, 4, 16, 16) share of each patch that is defective
+    types: Tensor  # (G, 4) index into TYPES, -1 good
+    cells: Tensor  # (G, 4) 0..8 place of a single defect, -1 where there is none or several
+    families: Tensor  # (G,) index into FAMILIES
+
+
+class Pool:
+    """``groups`` products of the given families. ``renew(n)`` draws n more in place of the oldest."""
+
+    def __init__(self, groups: int, device, seed: int, families=TRAIN_FAMILIES, types=TRAIN_TYPES, size: int = 224):
+        self.families, self.device, self.size = families, device, size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kinds = {name: torch.tensor([i for i in possible_types(name) if TYPES[i] in types]) for name in families}
+        self.images = torch.zeros(groups, GROUP, 3, size, size, dtype=torch.uint8, device=device)
+        self.coverage = torch.zeros(groups, GROUP, 16, 16, dtype=torch.float16, device=device)
+        self.types = torch.zeros(groups, GROUP, dtype=torch.long, device=device)
+        self.single = torch.zeros(groups, GROUP, dtype=torch.bool, device=device)
+        self.family = torch.zeros(groups, dtype=torch.long, device=device)
+        self.next = 0
+
+    @torch.no_grad()
+    def renew(self, count: int) -> None:
+        """Draw ``count`` products of one family, all families in turn."""
+        name = self.families[torch.randint(len(self.families), (1,), generator=self.generator).item()]
+        seeds = torch.randint(2**31, (count, 1 + GROUP), generator=self.generator)
+        kinds = self.kinds[name][torch.randint(len(self.kinds[name]), (count, GROUP), generator=self.generator)]
+        kinds[:, :2] = -1
+        shots = photograph(
+            name,
+            seeds[:, :1].expand(-1, GROUP).flatten().to(self.device),
+            seeds[:, 1:].flatten().to(self.device),
+            kinds.flatten().to(self.device),
+            self.size,
+        )
+        at = torch.arange(self.next, self.next + count, device=self.device) % len(self.images)
+        self.next = (self.next + count) % len(self.images)
+        self.images[at] = shots.images.unflatten(0, (count, GROUP))
+        patch = self.size // 16
+        covered = F.avg_pool2d(shots.masks.any(1).float()[:, None], patch)[:, 0]  # (count * 4, 16, 16)
+        self.coverage[at] = covered.unflatten(0, (count, GROUP)).half()
+        self.types[at] = shots.types.unflatten(0, (count, GROUP))
+        self.single[at] = (shots.masks.flatten(2).any(2).sum(1) == 1).unflatten(0, (count, GROUP))
+        self.family[at] = list(FAMILIES).index(name)
+
+    def batch(self, groups: int) -> Batch:
+        """Groups at random: each turned and flipped as a whole, recoloured as a whole, disturbed one by one."""
+        pick = torch.randint(len(self.images), (groups,), device=self.device)
+        x = self.images[pick].float() / 255
+        coverage = self.coverage[pick].float()
+        for axes, odds in (((-1, -2), 0.5), ((-1, None), 0.5), ((-2, None), 0.5)):
+            flip = torch.rand(groups, device=self.device) < odds
+            turn = (lambda t: t.transpose(-1, -2)) if axes[1] else (lambda t, a=axes[0]: t.flip(a))
+            x = torch.where(flip[:, None, None, None, None], turn(x), x)
+            coverage = torch.where(flip[:, None, None, None], turn(coverage), coverage)
+
+        def dice(*shape, low=0.0, high=1.0):
+            return low + (high - low) * torch.rand(*shape, 1, 1, 1, device=self.device)
+
+        order = torch.rand(groups, 3, device=self.device).argsort(1)
+        order = torch.where(dice(groups, 1)[..., 0, 0, 0] < 0.3, order, torch.arange(3, device=self.device))
+        x = x.gather(2, order[:, None, :, None, None].expand_as(x))
+        x = torch.where(dice(groups, 1) < 0.1, 1 - x, x)
+        coarse = F.interpolate(F.avg_pool2d(x.flatten(0, 1), 2), scale_factor=2, mode="bilinear").view_as(x)
+        x = torch.where(dice(groups, 1) < 0.25, coarse, x)
+        contrast = dice(groups, 1, low=0.6, high=1.3) * dice(groups, GROUP, low=0.95, high=1.05)
+        x = (x - 0.5) * contrast + 0.5 + dice(groups, 1, low=-0.1, high=0.1) + dice(groups, GROUP, low=-0.03, high=0.03)
+        x = (x + torch.randn_like(x) * 0.03 * dice(groups, 1) ** 2).clamp(0, 1)
+        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (MEAN, STD))
+        area, across, down = measure(coverage).unbind(-1)
+        cells = (across > 1 / 3).long() + (across > 2 / 3) + 3 * ((down > 1 / 3).long() + (down > 2 / 3))
+        cells = torch.where(self.single[pick] & (area > 0), cells, -1)
+        return Batch((x - mean) / std, coverage, self.types[pick], cells, self.family[pick])
