@@ -168,6 +168,7 @@ class Diagnoser:
         bank = self.model.memory.build(features.patches)
         return Reference(product, names, bank, calibration, frozenset(pictures))
 
+    @torch.no_grad()
     def diagnose(self, image, normals=None, product: str | None = None, question: str | None = None,
                  history: Sequence[tuple[str, str]] = (), max_new_tokens: int = 128,
                  false_alarm_rate: float = 0.05) -> Diagnosis:  # fmt: skip
@@ -197,14 +198,7 @@ class Diagnoser:
         embedding = features.embedding
         watch.lap("encode")
         anomaly_map = self.model.anomaly_map(features, product, normals.bank if normals else None)
-        corner_map = _numpy(anomaly_map)
-        if not np.isfinite(corner_map).all():
-            raise SpgddError(f"{image_name(image)}: the map is not finite; load with dtype=torch.float32.")
-        score, square_map = float(corner_map.max()), align(corner_map)
-        verdict = "normal" if score < limits.low else "defective" if score > limits.high else "unsure"
-        regions = ()
-        if verdict != "normal":
-            regions = find_regions(square_map, limits.outline, limits.low, placement)
+        score, verdict, regions, square_map = judge(_numpy(anomaly_map), limits, placement, image_name(image))
         watch.lap("map")
 
         prompt_tokens = self.model.prompt_tokens(anomaly_map, features)  # (1, P, H)
@@ -218,6 +212,9 @@ class Diagnoser:
         watch.lap("text")
 
         notes = list(picture.info["notes"])
+        if self.model.standins:
+            files = ", ".join(self.model.standins)
+            notes.insert(0, f"made with stand-in weights (random values: {files}): says nothing about the part")
         if placement.seen_share < 1:
             notes.append(f"{1 - placement.seen_share:.0%} of it is outside the centre crop and was not seen")
         if normals and _digest(pixels) in normals.digests:
@@ -263,6 +260,23 @@ def load(profile: str = "mini", **options) -> Diagnoser:
     from spgdd.model import load_model
 
     return Diagnoser(load_model(profile, **options))
+
+
+def judge(
+    corner_map: np.ndarray, limits: Limits, placement: Placement, name: str
+) -> tuple[float, str, tuple[Region, ...], np.ndarray]:
+    """Score, verdict, regions and aligned map (224, 224) of the model's map of one picture.
+
+    Raises SpgddError for a map that is not finite.
+    """
+    if not np.isfinite(corner_map).all():
+        raise SpgddError(f"{name}: the map is not finite; load with dtype=torch.float32.")
+    score, square_map = float(corner_map.max()), align(corner_map)
+    verdict = "normal" if score < limits.low else "defective" if score > limits.high else "unsure"
+    regions = ()
+    if verdict != "normal":
+        regions = find_regions(square_map, limits.outline, limits.low, placement)
+    return score, verdict, regions, square_map
 
 
 def says_defective(text: str) -> bool | None:

@@ -14,7 +14,7 @@ import spgdd.imagebind
 from spgdd.errors import WeightsError
 from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer, load_imagebind
 from spgdd.language import LoraSettings, Vicuna
-from spgdd.profiles import Profile, get_profile, weights_folder
+from spgdd.profiles import Delta, Profile, get_profile, weights_folder
 from spgdd.selfprompt import (
     Focus,
     Memory,
@@ -27,6 +27,7 @@ from spgdd.selfprompt import (
     zero_shot_map,
     zero_shot_probabilities,
 )
+from spgdd.weights.checkpoint import is_standin
 from spgdd.weights.delta import apply_delta, load_delta
 
 MASK_THRESHOLD = 0.3  # a mask pixel above it is defective (AnomalyGPT)
@@ -51,6 +52,7 @@ class SPGDD(nn.Module):
         config = imagebind.config
         taps, width = len(config.taps), config.vision.width
         self.profile = profile
+        self.standins: tuple[str, ...] = ()  # files of random values (`spgdd weights standin`) among its weights
         self.imagebind = imagebind
         self.language = language
         self.text_tokenizer = tokenizer
@@ -203,7 +205,17 @@ def load_model(
     language = Vicuna.load(root / profile.language, config.joint, dtype, {"": device}, quantize, lora)
     with device:
         model = SPGDD(profile, imagebind, language, tokenizer)
-    for delta in profile.deltas:
+    model.standins = tuple(
+        file for file in (profile.imagebind_file, profile.language) if is_standin(root / file)
+    )
+    load_deltas(model, profile.deltas, root)
+    return model.eval()
+
+
+def load_deltas(model: SPGDD, deltas: Sequence[Delta], root: Path) -> None:
+    """Put trained parameters into a model, a later file over an earlier. Raises WeightsError naming the file."""
+    _require_files(replace(model.profile, deltas=tuple(deltas)), root)
+    for delta in deltas:
         # The published files name the language model's parameters without saying whose they are.
         state = load_delta(root / delta.file)
         state = {f"language.{k}" if k.startswith("llama_") else k: value for k, value in state.items()}
@@ -211,7 +223,8 @@ def load_model(
             apply_delta(model, state, delta.parts)
         except WeightsError as error:
             raise WeightsError(f"{root / delta.file}: {error}") from error
-    return model.eval()
+        if is_standin(root / delta.file):
+            model.standins += (delta.file,)
 
 
 def _require_files(profile: Profile, root: Path) -> None:

@@ -14,6 +14,7 @@ from spgdd.selfprompt.memory import Memory
 class FakeModel:
     def __init__(self, fit="squash"):
         self.profile = SimpleNamespace(name="fake", fit=fit)
+        self.standins = ()
         self.memory = Memory(taps=1, width=4)
         self.language = SimpleNamespace(generate=self.generate)
         self.encoded = 0  # pictures

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spgdd.imagebind
 from conftest import FIXTURES, check
+from spgdd.diagnosis import Diagnoser
 from spgdd.errors import WeightsError
 from spgdd.imagebind import HUGE, ImageBind, TextTokenizer, preprocess
-from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna
+from spgdd.language import Answer, LlamaTokenizer, LoraSettings, Vicuna
 from spgdd.model import SPGDD, choose_dtype, load_model
 from spgdd.profiles import get_profile
 from spgdd.selfprompt import rotations
@@ -152,14 +153,22 @@ def test_anchors_are_computed_once_and_can_be_trained_with(model, monkeypatch):
     assert not torch.allclose(first[0], first[1], atol=1e-3)
 
 
-def test_diagnosis_takes_no_gradients_and_no_second_pass_through_the_tower(model, monkeypatch):
+def test_maps_and_tokens_need_no_second_pass_through_the_tower(model, monkeypatch):
     features = encode(model, ["01_rgb_301x203.png"])
     bank = model.build_bank(features.patches, "nut")
     monkeypatch.setattr(model.imagebind, "encode_image", None)
     for anomaly_map in (model.anomaly_map(features, "nut"), model.anomaly_map(features, bank=bank)):
         tokens = model.prompt_tokens(anomaly_map, features)
         assert anomaly_map.shape == (1, 1, 224, 224) and tokens.shape == (1, 18, 64)
-        assert not anomaly_map.requires_grad and not tokens.requires_grad
+        assert not anomaly_map.requires_grad and tokens.requires_grad, "training reaches the prompt learner"
+
+
+def test_a_diagnosis_keeps_no_gradients(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(model.language, "generate", lambda *inputs: seen.append(inputs) or Answer("No.", [], "eos"))
+    Diagnoser(model).diagnose(FIXTURES / "preprocess/images/01_rgb_301x203.png", product="nut")
+    embedding, _, _, tokens, _ = seen[0]
+    assert tokens.shape == (1, 18, 64) and not tokens.requires_grad and not embedding.requires_grad
 
 
 def test_a_bank_goes_from_one_model_to_its_like_in_any_precision(model, weights, tmp_path):
@@ -240,10 +249,10 @@ def test_a_delta_that_lacks_a_part_is_refused(weights, tmp_path, prefix):
 
 
 def test_deltas_load_in_order_and_a_trained_one_brings_its_memory(model, weights, tmp_path):
-    parts = get_profile("mini").deltas[0].parts
+    parts = get_profile("mini").deltas[-1].parts
     delta = dataclasses.replace(TINY_PROFILE.deltas[1], file=str(tmp_path / "delta.safetensors"), parts=parts)
     deltas = (TINY_PROFILE.deltas[0], delta)
-    profile = dataclasses.replace(TINY_PROFILE, scales=(1, 3, 5), deltas=deltas)
+    profile = dataclasses.replace(TINY_PROFILE, scales=(1, 3, 5), focus=True, deltas=deltas)
     trained = load_model(dataclasses.replace(profile, deltas=deltas[:1]), weights, device="cpu")
     with torch.no_grad():
         for parameter in trained.parameters():

@@ -47,9 +47,10 @@ def test_profiles_state_all_that_is_needed():
         assert all(not Path(file).is_absolute() for file in profile.files())
         assert profile.deltas[-1].file in profile.files() and profile.fit in ("crop", "squash")
         assert ("memory" in profile.deltas[-1].parts) == (profile.scales != (1,))
+        assert ("focus" in profile.deltas[-1].parts) == profile.focus
     assert PROFILES["mini"].files().keys() == {
         "mini/imagebind.safetensors", "mini/language/config.json", "mini/language/tokenizer.model",
-        "mini/text_tokenizer/merges.txt", "mini/delta.safetensors",
+        "mini/text_tokenizer/merges.txt", "mini/pandagpt_delta.safetensors", "mini/delta.safetensors",
     }  # fmt: skip
     assert list(PROFILES["spgdd-13b"].files()) == [
         "imagebind_ckpt/imagebind_huge.pth",

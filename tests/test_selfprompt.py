@@ -15,6 +15,7 @@ from conftest import FIXTURES, check
 from spgdd.errors import WeightsError
 from spgdd.imagebind import ImageBindConfig, TextTokenizer, TowerConfig, load_imagebind, preprocess
 from spgdd.selfprompt import (
+    Focus,
     Memory,
     MemoryBank,
     PatchDecoder,
@@ -325,3 +326,16 @@ def test_banks_of_other_models_are_refused(tmp_path, trained):
         Memory(2, 6).anomaly_map(patches, bank)
     with pytest.raises(ValueError, match="rotations"):
         memory.build(normals, rotate=True)
+
+
+def test_focus_tokens_are_the_projected_mean_of_the_patches_that_the_map_points_at():
+    torch.manual_seed(0)
+    focus, patches = Focus(width=6, hidden=5, taps=2), torch.randn(3, 2, 256, 6)
+    flat, pointed = torch.full((3, 1, 224, 224), 0.3), torch.zeros(3, 1, 224, 224)
+    pointed[:, :, 14 * 4 : 14 * 5, 14 * 7 : 14 * 8] = 10.0  # the patch in row 4, column 7
+    for anomaly_map, wanted in ((flat, patches.mean(2)), (pointed, patches[:, :, 4 * 16 + 7])):
+        tokens = focus(patches, anomaly_map)
+        assert tokens.shape == (3, 2, 5)
+        wanted = (wanted - wanted.mean(-1, keepdim=True)) / (wanted.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        by_hand = torch.stack([wanted[:, tap] @ focus.fc[tap].weight.T + focus.fc[tap].bias for tap in (0, 1)], 1)
+        torch.testing.assert_close(tokens, by_hand, rtol=1e-4, atol=1e-5)
