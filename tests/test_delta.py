@@ -144,10 +144,21 @@ class Code:
 def test_a_pickle_with_code_is_refused(tmp_path):
     torch.save({"llama_proj.bias": torch.zeros(64), "more": Code()}, tmp_path / "evil.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Code(), protocol=2))
-    (tmp_path / "page.pt").write_text("<html>Not found</html>")
-    for file in tmp_path.iterdir():
-        with pytest.raises(WeightsError, match="program code or is no checkpoint"):
-            load_delta(file)
+    for name in ("evil.pt", "old.pt"):
+        with pytest.raises(WeightsError, match="could run code, or is no checkpoint"):
+            load_delta(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["page.pt", "page.safetensors"])
+def test_a_web_page_is_named(tmp_path, name):
+    (tmp_path / name).write_text("\n<!DOCTYPE html><html>Not found</html>")
+    with pytest.raises(WeightsError, match="it is a web page"):
+        load_delta(tmp_path / name)
+
+
+def test_a_checkpoint_from_before_2020_loads(tmp_path):
+    torch.save({"x": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_delta(tmp_path / "old.pt")["x"], torch.ones(2))
 
 
 @pytest.mark.parametrize("file", ["delta.safetensors", "pytorch_model.pt"])
@@ -155,7 +166,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 def test_a_truncated_file_is_refused(tmp_path, file, share):
     content = (PANDA / "delta" / file).read_bytes()
     (tmp_path / file).write_bytes(content[:int(share * len(content))])
-    with pytest.raises(WeightsError, match="damaged or incomplete"):
+    with pytest.raises(WeightsError, match="is cut short, damaged or no checkpoint"):
         load_delta(tmp_path / file)
 
 
@@ -163,9 +174,9 @@ def test_other_contents_are_refused(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "list.pt")
     torch.save({"step": 3}, tmp_path / "number.pt")
     for name in ("list.pt", "number.pt"):
-        with pytest.raises(WeightsError, match="expected tensors by name"):
+        with pytest.raises(WeightsError, match="that is no table of tensors"):
             load_delta(tmp_path / name)
-    with pytest.raises(WeightsError, match=r"absent\.pt is missing.*weights download"):
+    with pytest.raises(WeightsError, match=r"no weight file .*absent\.pt.*weights download"):
         load_delta(tmp_path / "absent.pt")
 
 
@@ -186,11 +197,11 @@ def test_a_stopped_save_leaves_the_previous_delta(tmp_path, vicuna, monkeypatch)
     path = tmp_path / "delta.safetensors"
     save_file({"kept": torch.ones(2)}, path)
 
-    def stopped(tensors, file, metadata):
-        file.write_bytes(b"half")
+    def stopped(*_):
+        yield b"half"
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("spgdd.weights.delta.save_file", stopped)
+    monkeypatch.setattr("spgdd.weights.checkpoint._blocks", stopped)
     with pytest.raises(OSError, match="No space"):
         save_delta(vicuna, path, {})
     assert load_file(path).keys() == {"kept"}

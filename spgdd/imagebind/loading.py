@@ -1,39 +1,13 @@
 """ImageBind from a checkpoint file, reading no more than the towers asked for."""
 
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from spgdd.errors import WeightsError
 from spgdd.imagebind.config import MODALITIES, ImageBindConfig
 from spgdd.imagebind.towers import ImageBind
-
-AGAIN = "Fetch it again with `spgdd weights`."
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a .safetensors or .pth file, mapped into memory and not read before they are used.
-
-    Raises WeightsError for a file that is missing, damaged, not a checkpoint, or holds more than tensors.
-    """
-    if not path.is_file():
-        raise WeightsError(f"There is no weight file {path}. `spgdd weights` downloads it.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # torch's own message advises to switch the protection off
-        raise WeightsError(f"{path} holds objects that could run code and was not opened. {AGAIN}") from None
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
-        size = f"{path.stat().st_size:,} bytes"
-        raise WeightsError(f"{path} ({size}) is cut short, damaged or no checkpoint. {AGAIN}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path} holds a {type(state).__name__} that is no table of tensors. {AGAIN}")
-    return state
+from spgdd.weights.checkpoint import read_tensors
 
 
 def load_imagebind(
@@ -50,7 +24,7 @@ def load_imagebind(
     """
     with torch.device("meta"):
         model = ImageBind(config, modalities)
-    wanted, state = model.state_dict(), read_tensors(Path(path))
+    wanted, state = model.state_dict(), read_tensors(path)
     parts = ("preprocessors", "trunks", "heads", "postprocessors")
     left_out = tuple(f"modality_{p}.{m}." for p in parts for m in MODALITIES if m not in model.modalities)
     problems = {

@@ -20,8 +20,8 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.language.conversation import ASSISTANT, IGNORE, IMAGE_END, PROMPT_START, encode_turns, fold_history
 from spgdd.language.tokenizer import LlamaTokenizer
+from spgdd.weights.llama import require_v0
 
-V0_VOCABULARY = 32001  # LLaMA's 32000 and one padding token; v1.1 and later went back to 32000
 DOWNLOAD = "Get it with `spgdd weights download PROFILE` or notebook 01."
 
 
@@ -88,7 +88,7 @@ class Vicuna(nn.Module):
             if not (folder / name).is_file():
                 raise WeightsError(f"No base model in {folder}: {name} is missing. {DOWNLOAD}")
         try:
-            _check_base(folder)
+            require_v0(folder)
             llama, report = LlamaForCausalLM.from_pretrained(
                 folder, dtype=dtype, device_map=device_map, quantization_config=quantization,
                 attn_implementation="sdpa", local_files_only=True, output_loading_info=True)
@@ -250,24 +250,6 @@ class Vicuna(nn.Module):
             if token == self.tokenizer.eos:
                 return Answer(self.tokenizer.decode(ids[:position]), ids[:position + 1], "eos")
         return Answer(self.tokenizer.decode(ids), ids, "length")
-
-
-def _check_base(folder: Path) -> None:
-    """Refuse a base that the deltas were not trained on, before its weights are read; other sizes pass."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    vocabulary, kind = config.get("vocab_size"), config.get("model_type")
-    if kind != "llama":
-        guess = f"a model of type {kind!r}"
-    elif config.get("hidden_size") not in (4096, 5120) or vocabulary == V0_VOCABULARY:
-        return
-    elif vocabulary != 32000:
-        guess = "another relative of LLaMA (CodeLlama, Llama-3, ...)"
-    elif config.get("max_position_embeddings", 2048) > 2048:
-        guess = "Llama-2 or Vicuna v1.5"
-    else:
-        guess = "the original LLaMA, or Vicuna v1.1 or v1.3"
-    raise WeightsError(f"{folder} holds {guess} (vocabulary {vocabulary}). The deltas need Vicuna v0 with "
-                       f"vocabulary {V0_VOCABULARY}; other bases answer nonsense. Notebook 01 makes it.")
 
 
 def _quantization(quantize: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -1,10 +1,11 @@
 """`spgdd tadd ...`: index folders of images, write their text, fetch data sets."""
 
+import argparse
 from collections import Counter
 from pathlib import Path
 
 
-def add_commands(subparsers) -> None:
+def add_commands(subparsers) -> argparse.ArgumentParser:
     """Add the `tadd` command to the sub-parsers of `spgdd`; each action sets `run(args) -> exit status`."""
     from spgdd.tadd.download import DATASETS
 
@@ -24,6 +25,7 @@ def add_commands(subparsers) -> None:
     download.add_argument("--root", type=Path, default=Path("data/TADD"), help="default: data/TADD")
     download.add_argument("--yes", action="store_true", help="do not ask whether the licence is accepted")
     download.set_defaults(run=_download)
+    return parser
 
 
 def _folder_action(actions, name: str, run, help: str):

@@ -1,40 +1,18 @@
 """Delta checkpoints: the trained tensors alone, without the frozen models they belong to."""
 
-import os
-import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spgdd.errors import WeightsError
+from spgdd.weights.checkpoint import read_tensors, write_safetensors
 
 
 def load_delta(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name from a published `.pt` or from a `.safetensors` file, on the CPU.
-
-    A `.pt` file is a pickle and could run a program; only tensors are read from it. Raises WeightsError for a
-    missing, damaged or unsafe file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing. Get it with `spgdd weights download PROFILE` or notebook 01.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} was refused: it holds program code or is no checkpoint. A delta holds "
-                           "tensors alone. Get it again from the address in notebook 01.") from error
-    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
-        raise WeightsError(f"{path} ({path.stat().st_size:,} bytes) is damaged or incomplete. Delete it and "
-                           "run `spgdd weights download PROFILE` again.") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path} is no delta: expected tensors by name, received {type(state).__name__}.")
-    return {name: tensor.detach() for name, tensor in state.items()}
+    """Tensors by name from a published `.pt` or a `.safetensors` file, on the CPU; errors of `read_tensors`."""
+    return read_tensors(path)
 
 
 def apply_delta(module: nn.Module, state: Mapping[str, Tensor],
@@ -74,13 +52,10 @@ def save_delta(module: nn.Module, path: str | Path, metadata: Mapping[str, str])
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().cpu().contiguous()
+    tensors = {name: parameter.detach().cpu()
                for name, parameter in module.named_parameters() if parameter.requires_grad}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=dict(metadata))
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    write_safetensors(path, specs, tensors.items(), metadata)
 
 
 def _listing(what: str, names: Collection[str]) -> str:

@@ -1,0 +1,66 @@
+"""What a download would fetch, under which licences, and whether this machine has the room."""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from spgdd.errors import WeightsError
+from spgdd.profiles import PROFILES, weights_folder
+from spgdd.weights.catalog import Bundle, File, readable
+from spgdd.weights.checkpoint import part_path
+from spgdd.weights.verify import missing_bundles, status
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a download would do; `str(plan)` is for people: licences, sizes, disk and memory."""
+
+    bundles: list[Bundle]
+    files: list[File]  # to fetch
+    fetch_bytes: int
+    free_bytes: int
+    notes: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{x.title} ({readable(x.size)})\n    licence: {x.licence}" for x in self.bundles]
+        fetch, free = readable(self.fetch_bytes), readable(self.free_bytes)
+        lines += [f"{len(self.files)} file(s), {fetch} to fetch; {free} free on the disk."]
+        return "\n".join(lines + self.notes) if self.files else "Nothing to download: all is there."
+
+
+def plan(names: str | Sequence[str], root: str | Path | None = None) -> Plan:
+    """Licences, sizes, free disk and memory for the profiles or bundles named; fetches nothing.
+
+    Raises WeightsError where other weights lie in a folder to be filled.
+    """
+    names, root = [names] if isinstance(names, str) else names, weights_folder(root)
+    bundles = missing_bundles(names, root)
+    refuse_strangers(bundles, root)
+    states = {row.path: row.state for bundle in bundles for row in status(bundle.name, root)}
+    files = [file for bundle in bundles for file in bundle.files
+             if states.get(file.path) not in ("verified", "accepted")]
+    parts = [part_path(root / file.path) for file in files]
+    there = sum(part.stat().st_size for part in parts if part.exists())
+    there += sum(file.size for file in files if states.get(file.path) == "unchecked")
+    existing = next(folder for folder in [root.absolute(), *root.absolute().parents] if folder.exists())
+    notes, ram = [], psutil.virtual_memory().total
+    for need in {PROFILES[name].gpu_gb for name in names if name in PROFILES}:
+        verdict = ": too little without a GPU." if ram < need * 1e9 else "."
+        notes.append(f"To run it in 16 bits: about {need} GB of GPU memory, or of RAM without a GPU; this "
+                     f"machine has {readable(ram)} of RAM{verdict}")
+    return Plan(bundles, files, max(sum(file.size for file in files) - there, 0),
+                shutil.disk_usage(existing).free, notes)
+
+
+def refuse_strangers(bundles: Iterable[Bundle], root: Path) -> None:
+    """Raise WeightsError where another Vicuna lies in a folder to be filled: a loader might take that one."""
+    for bundle in bundles:
+        known = {root / file.path for file in bundle.files}
+        others = [path.name for path in sorted((root / bundle.folder).glob("*.*"))
+                  if path.suffix in (".bin", ".safetensors") and path not in known]
+        if others and bundle.recipe:
+            raise WeightsError(f"{root / bundle.folder} holds other weights ({others[0]}). Move or delete it "
+                               "first, so that the two are not mixed up.")

@@ -1,0 +1,193 @@
+"""Stand-ins: files with the names, keys, shapes, dtypes and shards of the published ones, and random values.
+
+A class can rehearse every step with them, and tests can measure at full size, without licence and download.
+"""
+
+import math
+import shutil
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.serialization import skip_data
+from tqdm.auto import tqdm
+
+from spgdd.errors import WeightsError
+from spgdd.imagebind import HUGE, MODALITIES, ImageBind
+from spgdd.profiles import weights_folder
+from spgdd.selfprompt import PatchDecoder, PromptLearner
+from spgdd.weights.catalog import Bundle, get_bundle, get_bundles, readable
+from spgdd.weights.checkpoint import STANDIN, Spec, is_standin, spec_bytes, split, write_json
+from spgdd.weights.llama import llama_specs
+from spgdd.weights.plan import refuse_strangers
+
+LLAMA = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}  # width, width between, layers; heads of width 128
+SHARD_BYTES = 10**10  # a shard of the published files ends before the tensor that would exceed this
+POOL = 2**20 + 7  # random values that are repeated, from another start in each tensor
+
+
+def standin(names: str | Iterable[str], root: str | Path | None = None, progress: bool = True) -> list[Path]:
+    """Write stand-ins for the profiles or bundles named; returns the files written.
+
+    Existing stand-ins are kept; files that are none are never replaced. Raises WeightsError there, and when
+    the disk is too small.
+    """
+    root, written = weights_folder(root), []
+    bundles = [get_bundle(name) for bundle in get_bundles(names)
+               for name in ([bundle.name] if bundle.files else bundle.recipe)]
+    todo = [bundle for bundle in bundles if not all((root / file.path).exists() for file in bundle.files)]
+    refuse_strangers(bundles, root)
+    for bundle in bundles:
+        there = [file.path for file in bundle.files if (root / file.path).exists()]
+        real = [path for path in there if not is_standin(root / path)]
+        if bundle.contents["kind"] == "shipped" or real:
+            raise WeightsError(f"{bundle.name} is there ({', '.join(real) or 'part of this repository'}); "
+                               "stand-ins never replace other files. Give another root.")
+    root.mkdir(parents=True, exist_ok=True)
+    need, free = sum(bundle.size for bundle in todo), shutil.disk_usage(root).free
+    if need + 10**8 > free:
+        raise WeightsError(f"The stand-ins need {readable(need)}; {readable(free)} are free in {root}.")
+    with tqdm(total=need, unit="B", unit_scale=True, desc="stand-ins", disable=not progress) as bar:
+        for bundle in todo:
+            for path in _write_bundle(bundle, root / bundle.folder):
+                written.append(path)
+                bar.update(path.stat().st_size)
+    return written
+
+
+def bundle_specs(bundle: Bundle) -> dict[str, Spec]:
+    """Names, dtypes and shapes of all tensors of a bundle, in the published order."""
+    kind, half = bundle.contents["kind"], torch.float16
+    hidden, intermediate, layers = LLAMA[bundle.contents.get("size", "7b")]
+    if kind == "imagebind":
+        with torch.device("meta"):
+            return _specs_of(ImageBind(HUGE, MODALITIES), torch.float32)
+    if kind == "pandagpt":
+        specs = {f"llama_model.base_model.model.model.layers.{layer}.self_attn.{x}_proj.lora_{ab}.default.weight":
+                 (half, (32, hidden) if ab == "A" else (hidden, 32))
+                 for layer in range(layers) for x in "qkvo" for ab in "AB"}
+        return specs | {"llama_proj.weight": (half, (hidden, 1024)), "llama_proj.bias": (half, (hidden,))}
+    if kind == "anomalygpt":
+        with torch.device("meta"):
+            parts = nn.ModuleDict({"image_decoder": PatchDecoder(1280, 1024, 4),
+                                   "prompt_learner": PromptLearner(4096, (4, 16, 64, 256, 1024))})
+        return _specs_of(parts, half)
+    published = {}
+    for name, spec in llama_specs(hidden, intermediate, layers, bundle.contents["vocabulary"]).items():
+        published[name] = spec
+        if name.endswith("o_proj.weight"):  # old transformers stored these computed values here, in float32
+            published[name.replace("o_proj.weight", "rotary_emb.inv_freq")] = (torch.float32, (64,))
+    return published
+
+
+def _specs_of(module: nn.Module, dtype: torch.dtype) -> dict[str, Spec]:
+    return {name: (dtype, tuple(value.shape)) for name, value in module.state_dict().items()}
+
+
+def _write_bundle(bundle: Bundle, folder: Path) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    specs, names = bundle_specs(bundle), [file.path.rpartition("/")[2] for file in bundle.files]
+    shards = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    delta = bundle.contents["kind"] == "llama-delta"
+    groups = split(specs, SHARD_BYTES) if len(shards) > 1 else [list(specs)]
+    for name, group in zip(shards, groups, strict=True):
+        write_pickle(folder / name, {key: specs[key] for key in group}, name.endswith(".pt"), delta)
+        yield folder / name
+    for name in names:
+        if name == "pytorch_model.bin.index.json":
+            weight_map = {key: shard for shard, group in zip(shards, groups, strict=True) for key in group}
+            total = {"total_size": sum(map(spec_bytes, specs.values()))}
+            write_json(folder / name, {"standin": STANDIN, "metadata": total, "weight_map": weight_map})
+        elif name == "tokenizer.model":
+            (folder / name).write_bytes(_tokenizer())
+        elif name.endswith(".json"):
+            write_json(folder / name, {"standin": STANDIN} | _small_file(name, bundle.contents))
+        if name not in shards:
+            yield folder / name
+
+
+def write_pickle(path: Path, specs: dict[str, Spec], parameters: bool, delta: bool = False) -> None:
+    """A file as `torch.save` writes it, filled piece by piece; it appears under its name only when complete.
+
+    `parameters`: values are nn.Parameter, as in the published deltas. `delta`: norms near 0 instead of 1.
+    """
+    partial = path.with_name(path.name + ".part")
+    make = torch.nn.Parameter if parameters else (lambda value: value)
+    with skip_data():  # writes the archive with room for the values; torch.empty touches no memory
+        empty = ((name, torch.empty(shape, dtype=dtype)) for name, (dtype, shape) in specs.items())
+        torch.save(OrderedDict((name, make(value)) for name, value in empty), partial)
+    seed = zlib.crc32(path.parent.name.encode())
+    pool = torch.from_numpy(np.random.default_rng(seed).standard_normal(POOL, dtype=np.float32) * 0.02)
+    pools = {dtype: pool.to(dtype) for dtype, _ in specs.values()}
+    with zipfile.ZipFile(partial, "a") as archive:
+        archive.comment = STANDIN.encode()
+        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    with open(partial, "r+b") as file:
+        for index, (name, (dtype, shape)) in enumerate(specs.items()):
+            file.seek(entries[f"data/{index}"].header_offset + 26)
+            file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # past the name and the padding
+            for block in _values(name, shape, pools[dtype], delta):
+                file.write(block.numpy().tobytes())
+    partial.replace(path)
+
+
+def _values(name: str, shape: tuple[int, ...], pool: torch.Tensor, delta: bool) -> Iterator[torch.Tensor]:
+    """Small random values; norms near one, masks and scales as published: a forward pass stays finite."""
+    size = math.prod(shape)
+    if name.endswith(".mask"):
+        yield torch.full(shape, -math.inf).triu(1)
+    elif name.endswith("log_logit_scale"):
+        yield torch.full(shape, math.log(10.0))
+    else:
+        offset = 1.0 if "norm" in name and name.endswith("weight") and not delta else 0.0
+        start = zlib.crc32(name.encode()) % len(pool)
+        while size > 0:
+            block = pool[start:start + size]
+            yield block + offset if offset else block
+            size, start = size - len(block), 0
+
+
+def _small_file(name: str, contents: dict) -> dict:
+    if name != "config.json":
+        return {"bos_token_id": 1, "eos_token_id": 2} if name == "generation_config.json" else {}
+    hidden, intermediate, layers = LLAMA[contents["size"]]
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+            "intermediate_size": intermediate, "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 128, "vocab_size": contents["vocabulary"], "hidden_act": "silu",
+            "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float16"}
+
+
+def _tokenizer() -> bytes:
+    """A sentencepiece model of 32000 pieces: LLaMA's bytes, its ## in its place, letters, fillers."""
+    normal, unknown, control, byte = 1, 2, 3, 6
+    pieces = {0: ("<unk>", unknown), 1: ("<s>", control), 2: ("</s>", control)}
+    pieces |= {3 + code: (f"<0x{code:02X}>", byte) for code in range(256)}
+    pieces |= {2277: ("##", normal), 29871: ("\u2581", normal), 29937: ("#", normal)}
+    letters = (chr(code) for code in range(33, 127) if chr(code) != "#")
+    pieces |= {29872 + i + (i >= 65): (letter, normal) for i, letter in enumerate(letters)}
+    model = b""
+    for index in range(32000):
+        text, kind = pieces.get(index, (f"\u2581standin{index}", normal))
+        model += _field(1, _field(1, text.encode()) + b"\x15" + struct.pack("<f", -index) + _field(3, kind))
+    bpe, byte_fallback = _field(3, 2), _field(35, 1)
+    model += _field(2, _field(2, STANDIN.encode()) + bpe + _field(4, 32000) + byte_fallback)
+    return model + _field(3, _field(3, 1) + _field(4, 0))  # dummy space in front, spaces kept
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """One field of a protocol buffer, the format of sentencepiece models."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    low, rest = value & 127, value >> 7
+    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
