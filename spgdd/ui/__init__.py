@@ -1,0 +1,1 @@
+"""What a person sees: notebook cells and pictures. Nothing else of spgdd imports it."""

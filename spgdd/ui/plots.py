@@ -1,0 +1,112 @@
+"""Pictures that the notebooks share. matplotlib is imported where it is used."""
+
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from math import isqrt
+
+import numpy as np
+import torch
+
+HEAT = "inferno"  # colours of maps
+OUTLINE = (255, 255, 255)
+MARKS = ((230, 50, 70), (40, 130, 240), (250, 170, 20), (40, 170, 100))  # of patches, in order
+DPI, QUALITY = 100, 82
+
+
+def as_rgb(picture) -> np.ndarray:
+    """A picture as uint8 (H, W, 3): PIL image, uint8 array (H, W, 3), or uint8 tensor (3, H, W)."""
+    if isinstance(picture, torch.Tensor):
+        picture = picture.permute(1, 2, 0).cpu().numpy()  # (3, H, W) -> (H, W, 3)
+    elif not isinstance(picture, np.ndarray):
+        picture = np.asarray(picture.convert("RGB"))
+    return picture
+
+
+def as_map(values) -> np.ndarray:
+    """Values as float32 (H, W): an array or tensor with leading axes of length 1, or (N,) patches of a square."""
+    values = np.squeeze(torch.as_tensor(values).detach().float().cpu().numpy())
+    return values.reshape(isqrt(values.size), -1) if values.ndim == 1 else values  # (N,) -> (G, G)
+
+
+def image_grid(rows: Sequence, titles: Sequence[str] = (), names: Sequence[str] = (), limits=None, side=1.7):
+    """Pictures and maps in rows and columns, as one compact JPEG.
+
+    ``rows``: a list of cells, or a list of such lists; a cell is what ``as_rgb`` takes, or a map (H, W), or
+    None for none. ``titles`` stand above the columns of the first row (of every cell, where
+    there is one title for each), ``names`` left of the rows. ``limits`` (low, high) of the maps' colours;
+    None: each map its own. ``side`` of a cell in inches.
+    """
+    from matplotlib.figure import Figure
+
+    rows = rows if isinstance(rows[0], (list, tuple)) else [rows]
+    columns = max(map(len, rows))
+    every = len(titles) > columns
+    height = len(rows) * (side + 0.2 * every) + 0.3 * bool(titles and not every)
+    figure = Figure(figsize=(columns * side + 0.3, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    low, high = limits or (None, None)
+    for r, cells in enumerate(rows):
+        for c, axis in enumerate(axes[r]):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            cell = cells[c] if c < len(cells) else None
+            if cell is not None and getattr(cell, "ndim", 3) == 2:
+                axis.imshow(as_map(cell), cmap=HEAT, vmin=low, vmax=high)
+            elif cell is not None:
+                axis.imshow(as_rgb(cell))
+            number = r * columns + c if every else c
+            if (r == 0 or every) and number < len(titles):
+                axis.set_title(titles[number], fontsize=9)
+            if c == 0 and r < len(names):
+                axis.set_ylabel(names[r], fontsize=9)
+    return compact(figure)
+
+
+def compact(figure):
+    """A matplotlib figure as a JPEG that a notebook shows: a tenth of a PNG where there are photographs."""
+    from IPython.display import Image
+
+    buffer = BytesIO()
+    trim = {"bbox_inches": "tight", "pad_inches": 0.05}
+    figure.savefig(buffer, format="jpeg", dpi=DPI, pil_kwargs={"quality": QUALITY}, **trim)
+    return Image(buffer.getvalue(), format="jpeg")
+
+
+def overlay(picture, anomaly_map=None, limit: float | None = None, mask=None) -> np.ndarray:
+    """A picture under its map: uint8 (H, W, 3).
+
+    Map (H, W), coloured from half of ``limit`` (default: its maximum) to ``limit`` and above. The border of
+    ``mask``, bool (H, W), is drawn white.
+    """
+    from matplotlib import colormaps
+    from scipy.ndimage import binary_dilation
+
+    pixels = as_rgb(picture).astype(np.float32)
+    if anomaly_map is not None:
+        heat = np.nan_to_num(as_map(anomaly_map))
+        strength = np.clip(heat / (limit or heat.max() or 1) * 2 - 1, 0, 1)[..., None]  # (H, W, 1)
+        colour = colormaps[HEAT](0.35 + 0.6 * strength[..., 0])[..., :3] * 255
+        pixels += (colour - pixels) * 0.6 * strength
+    if mask is not None:
+        inside = as_map(mask) > 0
+        pixels[binary_dilation(inside, iterations=2) & ~inside] = OUTLINE
+    return pixels.round().astype(np.uint8)
+
+
+def mark_patches(picture, patches: Iterable[int | None], grid: int) -> np.ndarray:
+    """The picture with frames around some of its ``grid`` x ``grid`` patches, which are numbered row by row.
+
+    The first frame is red, then blue, orange, green; None leaves one out.
+    """
+    from PIL import Image, ImageDraw
+
+    marked = Image.fromarray(as_rgb(picture)).copy()
+    width, height = marked.width / grid, marked.height / grid
+    for number, patch in enumerate(patches):
+        if patch is None:
+            continue
+        row, column = divmod(int(patch), grid)
+        box = (column * width - 2, row * height - 2, (column + 1) * width + 1, (row + 1) * height + 1)
+        ImageDraw.Draw(marked).rectangle(box, outline=MARKS[number % len(MARKS)], width=3)
+    return np.asarray(marked)
