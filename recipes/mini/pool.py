@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spgdd.tadd.miniworld.products import FAMILIES
+from spgdd.tadd.miniworld import FAMILIES
 from spgdd.tadd.miniworld.world import (
     HELD_OUT_FAMILIES,
     HELD_OUT_TYPES,

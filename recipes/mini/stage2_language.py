@@ -20,7 +20,7 @@ from spgdd.language.conversation import IGNORE, encode_turns
 from spgdd.language.tokenizer import LlamaTokenizer
 from spgdd.tadd import words
 from spgdd.tadd.grammar import PLACES
-from spgdd.tadd.miniworld.products import FAMILIES
+from spgdd.tadd.miniworld import FAMILIES
 
 PIECES = 1280
 

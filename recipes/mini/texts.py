@@ -10,7 +10,7 @@ from spgdd.imagebind.tokenizer import TextTokenizer, train_text_tokenizer
 from spgdd.selfprompt.focuser import text_prompts
 from spgdd.tadd import words
 from spgdd.tadd.grammar import PLACES
-from spgdd.tadd.miniworld.products import FAMILIES
+from spgdd.tadd.miniworld import FAMILIES
 from spgdd.tadd.miniworld.world import TYPES
 
 LENGTH = 32  # tokens; all sentences are shorter

@@ -1,20 +1,23 @@
-"""Photographs of the mini world: products in front of a camera, good or damaged, with everything known about them."""
+"""Photographs of the mini world: products in front of a camera, good or damaged, and all that is known of them."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from spgdd.tadd.miniworld.defects import DEFECTS, SLOTS, TYPES, Damage, damage
 from spgdd.tadd.grammar import place_of
-
+from spgdd.tadd.miniworld.defects import DEFECTS, SLOTS, TYPES, Damage, moves
 from spgdd.tadd.miniworld.noise import Dice, noise
-from spgdd.tadd.miniworld.products import FAMILIES, OBJECTS, Surface, mix
+from spgdd.tadd.miniworld.objects import OBJECTS
+from spgdd.tadd.miniworld.surface import mix
+from spgdd.tadd.miniworld.textures import TEXTURES
 
-HELD_OUT_FAMILIES = ("leather", "tile", "gear", "cable")
+FAMILIES = TEXTURES | OBJECTS
+HELD_OUT_FAMILIES = ("leather", "tile", "gear", "cable")  # never in training
 HELD_OUT_TYPES = ("glue", "fold", "burn")
+CHUNK = 8  # pictures drawn together on a CPU, so that what is worked on stays in its cache
 
 
 class Photographs(NamedTuple):
@@ -24,93 +27,161 @@ class Photographs(NamedTuple):
     contrast: Tensor  # (B, SLOTS) mean change of brightness inside the mask, 0..1
 
 
-def is_object(family: str) -> bool:
-    return FAMILIES[family] in OBJECTS
+class Scene(NamedTuple):
+    """B pictures of one family before anything is wrong with them; ``rows`` are some of them."""
+
+    x: Tensor  # (B, S, S) product coordinates of each pixel
+    y: Tensor
+    albedo: Tensor  # (B, 3, S, S)
+    height: Tensor  # (B, S, S)
+    inside: Tensor | None  # (B, S, S)
+    clean: Tensor  # (B, 3, S, S), 0..1, the picture without the sensor's noise
+    products: Tensor  # (B,) seeds
+    photos: Tensor
+    types: Tensor
+
+    def rows(self, index: Tensor) -> "Scene":
+        return Scene(*(None if field is None else field[index] for field in self))
 
 
 def possible_types(family: str) -> list[int]:
     """Indices of the defect types that this family can have."""
+    thing = family in OBJECTS
     return [i for i, row in enumerate(DEFECTS.values())
-            if not (row.texture_only if is_object(family) else row.object_only)]
-
-
-def _pose(x: Tensor, y: Tensor, product: Dice, photo: Dice, thing: bool) -> tuple[Tensor, Tensor]:
-    """Picture coordinates to product coordinates: the product decides how freely it may lie."""
-    free = product.chance("free pose", 0.35)
-    angle = free * photo("angle", 0, 2 * math.pi) + (1 - free) * photo("tilt", -0.05, 0.05) + product("turn", 0, 6.3) * (not thing)
-    scale = product.log("scale", 0.85, 1.4) if thing else product.log("scale", 0.5, 1.6)
-    close = product.chance("close-up", 0.3) * (1 - free) * thing
-    scale = scale * (1 - close * product("closer", 0.3, 0.7)) * photo("zoom", 0.95, 1.05)
-    cos, sin, shear = torch.cos(angle), torch.sin(angle), photo("shear", -0.04, 0.04)
-    u, v = scale * (x * cos - y * sin + shear * y), scale * (x * sin + y * cos)
-    if thing:
-        at_x, at_y = close * product("at x", -0.5, 0.5), close * product("at y", -0.5, 0.5)
-        return u + at_x + photo("shift x", -0.08, 0.08), v + at_y + photo("shift y", -0.08, 0.08)
-    roam = torch.where(product.chance("aligned", 0.3) > 0, 0.03, 40.0)
-    return u + product("at x", -40, 40) + roam * photo("shift x", -1, 1), v + product("at y", -40, 40) + roam * photo("shift y", -1, 1)
-
-
-def _shoot(surface: Surface, hurt: list[Damage], x: Tensor, y: Tensor, product: Dice, photo: Dice) -> Tensor:
-    """Damage, light and camera, without the sensor's noise: (B, 3, S, S), 0..1."""
-    albedo, height = surface.albedo, surface.height
-    for d in hurt:
-        albedo = mix(albedo, d.dye * albedo.mean(1, keepdim=True) * 1.3, d.tint) * d.shade[:, None]
-        albedo = mix(albedo, d.material, d.cover)
-        height = height + d.height
-    slope_y, slope_x = torch.gradient(height, spacing=2 / height.shape[-1], dim=(1, 2))
-    sun = product("sun", 0, 2 * math.pi) + photo("sun", -0.3, 0.3)
-    relief = product.log("relief", 0.3, 1.5)
-    light = 1 + relief * (slope_x * torch.cos(sun) + slope_y * torch.sin(sun)).clamp(-1.5, 1.5)
-    light = light * (1 + photo("slant", 0, 0.25) * (x * torch.cos(sun) + y * torch.sin(sun)))
-    light = light * (1 - product("vignette", 0, 0.3) * (x**2 + y**2)) * photo("gain", 0.8, 1.2)
-    image = (albedo * light[:, None].clamp(0.05, 3)).clamp(0, 1) ** photo("gamma", 0.85, 1.2)[:, None]
-    grey = image.mean(1, keepdim=True)
-    image = torch.where(product.chance("grey camera", 0.4)[:, None] > 0, grey, image)
-    blur = product("blur", 0, 1) * photo("focus", 0.5, 1)
-    return mix(image, F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1), blur)
+            if not (row.texture_only if thing else row.object_only)]  # fmt: skip
 
 
 def photograph(family: str, products: Tensor, photos: Tensor, types: Tensor, size: int = 224) -> Photographs:
     """Draw photographs of products of one family.
 
-    ``products`` and ``photos`` (B,) int64 are seeds: the same product seed is the same product; ``types`` (B,) is the
-    defect type of each picture, -1 for none. A defect too faint to be seen is left out, and the picture counts as good.
-    Deterministic for given seeds, whatever the batch; CPU and GPU agree to rounding.
+    ``products`` and ``photos`` (B,) int64 are seeds: the same product seed is the same product; ``types`` (B,) is
+    the defect type of each picture, -1 for none. A defect too faint to be seen is left out, and a picture without
+    any left counts as good. Deterministic for given seeds, whatever the batch; CPU and GPU agree to rounding.
     """
-    device, thing = products.device, is_object(family)
-    steps = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) * (2 / size) - 1
-    y, x = (c.expand(len(products), -1, -1) for c in torch.meshgrid(steps, steps, indexing="ij"))
-    product, photo = Dice(products), Dice(photos)
-    px, py = _pose(x, y, product, photo, thing)
-    draw = FAMILIES[family]
-    surface = draw(px, py, product)
-    clean = _shoot(surface, [], x, y, product, photo)
+    step = CHUNK if products.device.type == "cpu" else max(1, len(products))
+    chunks = zip(products.split(step), photos.split(step), types.split(step), strict=True)
+    parts = [_photograph(family, *chunk, size) for chunk in chunks]
+    return Photographs(*map(torch.cat, zip(*parts, strict=True)))
 
+
+@torch.no_grad()
+def _photograph(family: str, products: Tensor, photos: Tensor, types: Tensor, size: int) -> Photographs:
+    steps = (torch.arange(size, device=products.device) + 0.5) * (2 / size) - 1
+    view = steps[None, None], steps[None, :, None]  # x (1, 1, S) and y (1, S, 1) of the pixels, -1..1
+    product, photo = Dice(products), Dice(photos)
+    x, y = pose(*view, product, photo, family in OBJECTS)
+    surface = FAMILIES[family](x, y, product)
+    image = shoot(surface.albedo, surface.height, view, product, photo)
+
+    masks = torch.zeros(len(products), SLOTS, size, size, dtype=torch.bool, device=products.device)
+    contrast, types = torch.zeros(len(products), SLOTS, device=products.device), types.clone()
     bad = (types >= 0).nonzero()[:, 0]
-    masks = torch.zeros(len(products), SLOTS, size, size, dtype=torch.bool, device=device)
-    contrast = torch.zeros(len(products), SLOTS, device=device)
-    image, types = clean.clone(), types.clone()
     if len(bad):
-        product, photo = Dice(products[bad]), Dice(photos[bad])
-        bx, by, inside = x[bad], y[bad], None if surface.inside is None else surface.inside[bad]
-        count = 1 + (photo.unit("count") > 0.7).long() + (photo.unit("count") > 0.9).long()
-        hurt = [damage(bx, by, torch.where(count > i, types[bad], -1), photo.split(f"defect {i}"), inside)
-                for i in range(SLOTS)]
-        moved_x, moved_y = px[bad] + sum(d.shift_x for d in hurt), py[bad] + sum(d.shift_y for d in hurt)
-        shot = _shoot(draw(moved_x, moved_y, product), hurt, bx, by, product, photo)
-        change = (shot - clean[bad]).abs().amax(1)  # (b, S, S)
-        seen = F.avg_pool2d(change[:, None], 3, 1, 1) > 0.04
-        visible = torch.stack([d.mask > 0.2 for d in hurt], 1) & seen
-        strength = (change[:, None] * visible).flatten(2).sum(2) / visible.flatten(2).sum(2).clamp(min=1)
-        visible &= ((visible.flatten(2).sum(2) >= 12) & (strength > 0.06))[:, :, None, None]
-        shown = visible.flatten(1).sum(1) >= 24
-        image[bad] = torch.where(shown[:, None, None, None], shot, clean[bad])
-        masks[bad] = visible & shown[:, None, None, None]
-        contrast[bad] = strength * masks[bad].flatten(2).any(2)
-        types[bad] = torch.where(shown, types[bad], -1)
-    grain = noise("grain", x * 9, y * 9, Dice(photos), "sensor") - 0.5
-    image = image + (Dice(products)("noise", 0, 0.12) * grain)[:, None]
-    return Photographs((image.clamp(0, 1) * 255).round().to(torch.uint8), masks, types, contrast)
+        scene = Scene(x, y, *surface, image, products, photos, types).rows(bad)
+        count = photo.unit("count")[bad]
+        image[bad], masks[bad], contrast[bad] = _spoil(
+            FAMILIES[family], scene, view, torch.stack((count >= 0, count > 0.7, count > 0.9), 1)
+        )
+        types[~masks.flatten(1).any(1)] = -1
+    grain = noise("grain", view[0] * 9, view[1] * 9, photo, "sensor").sub_(0.5) * product("noise", 0, 0.12)
+    image = (image + grain[:, None]).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    return Photographs(image, masks, types, contrast)
+
+
+def pose(x: Tensor, y: Tensor, product: Dice, photo: Dice, thing: bool) -> tuple[Tensor, Tensor]:
+    """Picture coordinates to product coordinates: the product decides how freely it may lie."""
+    free = product.chance("free pose", 0.35)
+    angle = free * photo("angle", 0, 2 * math.pi) + (1 - free) * photo("tilt", -0.05, 0.05)
+    scale = product.log("scale", 0.85, 1.4) if thing else product.log("scale", 0.5, 1.6)
+    close = product.chance("close-up", 0.3) * (1 - free) * thing
+    scale = scale * (1 - close * product("closer", 0.3, 0.7)) * photo("zoom", 0.95, 1.05)
+    if thing:
+        at_x = close * product("at x", -0.5, 0.5) + photo("shift x", -0.08, 0.08)
+        at_y = close * product("at y", -0.5, 0.5) + photo("shift y", -0.08, 0.08)
+    else:
+        angle = angle + product("turn", 0, 6.3)
+        roam = torch.where(product.chance("aligned", 0.3) > 0, 0.03, 40.0)
+        at_x = product("at x", -40, 40) + roam * photo("shift x", -1, 1)
+        at_y = product("at y", -40, 40) + roam * photo("shift y", -1, 1)
+    cos, sin, shear = scale * torch.cos(angle), scale * torch.sin(angle), photo("shear", -0.04, 0.04)
+    return x * cos + (y * (scale * shear - sin) + at_x), x * sin + (y * cos + at_y)
+
+
+def shoot(albedo: Tensor, height: Tensor, view: tuple[Tensor, Tensor], product: Dice, photo: Dice) -> Tensor:
+    """Light and camera, without the sensor's noise: (B, 3, S, S), 0..1."""
+    x, y = view
+    sun = product("sun", 0, 2 * math.pi) + photo("sun", -0.3, 0.3)
+    cos, sin = torch.cos(sun), torch.sin(sun)
+    slope_y, slope_x = torch.gradient(height, spacing=2 / height.shape[-1], dim=(1, 2))
+    light = slope_x.mul_(cos).add_(slope_y.mul_(sin)).clamp_(-1.5, 1.5)
+    light = light.mul_(product.log("relief", 0.3, 1.5)).add_(1)
+    light *= 1 + photo("slant", 0, 0.25) * (x * cos + y * sin)
+    light *= (1 - product("vignette", 0, 0.3) * (x**2 + y**2)) * photo("gain", 0.8, 1.2)
+    image = (albedo * light.clamp_(0.05, 3)[:, None]).clamp_(0, 1)
+    image = image.pow_(photo("gamma", 0.85, 1.2)[:, None])
+    grey = product.chance("grey camera", 0.4)[:, None] > 0
+    image = torch.where(grey, image.mean(1, keepdim=True), image)
+    return mix(image, soften(image), product("blur", 0, 1) * photo("focus", 0.5, 1))
+
+
+def soften(image: Tensor) -> Tensor:
+    """Mean over 3 x 3 pixels, (..., H, W); the border counts twice."""
+    across = torch.cat((image[..., :1], image, image[..., -1:]), -1)
+    across = across[..., :-2] + across[..., 1:-1] + across[..., 2:]
+    down = torch.cat((across[..., :1, :], across, across[..., -1:, :]), -2)
+    return (down[..., :-2, :] + down[..., 1:-1, :]).add_(down[..., 2:, :]).mul_(1 / 9)
+
+
+def _spoil(
+    draw: Callable, scene: Scene, view: tuple[Tensor, Tensor], slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures of the scene with the defects of the given ``slots`` (B, SLOTS) bool.
+
+    Returns the pictures, the visible part of each defect (B, SLOTS, S, S) bool and its contrast (B, SLOTS). What
+    of a picture's defects cannot be seen is not in it: then the picture is drawn again without these.
+    """
+    product, photo = Dice(scene.products), Dice(scene.photos)
+    albedo, height, hurt = scene.albedo.clone(), scene.height.clone(), {}
+    for slot in range(SLOTS):
+        rows = slots[:, slot].nonzero()[:, 0]
+        if len(rows):
+            inside = None if scene.inside is None else scene.inside[rows]
+            dice = photo[rows].split(f"defect {slot}")
+            hurt[slot] = rows, Damage(scene.types[rows], dice, view, inside)
+
+    moved = moves(scene.types).nonzero()[:, 0]
+    if len(moved):
+        x, y = scene.x.clone(), scene.y.clone()
+        for rows, damage in hurt.values():
+            shift_x, shift_y = damage.shift()
+            x[rows] += shift_x
+            y[rows] += shift_y
+        surface = draw(x[moved], y[moved], product[moved])
+        albedo[moved], height[moved] = surface.albedo, surface.height
+    for rows, damage in hurt.values():
+        albedo[rows], height[rows] = damage.paint(albedo[rows], height[rows])
+    image = shoot(albedo, height, view, product, photo)
+
+    change = (image - scene.clean).abs_().amax(1)  # (B, S, S)
+    seen = soften(change) > 0.04
+    masks = torch.zeros(len(image), SLOTS, *seen.shape[1:], dtype=torch.bool, device=image.device)
+    area, contrast = (torch.zeros(len(image), SLOTS, device=image.device) for _ in range(2))
+    for slot, (rows, damage) in hurt.items():
+        mask = seen[rows].logical_and_(damage.mask > 0.2)
+        masks[rows, slot] = mask
+        area[rows, slot] = mask.flatten(1).sum(1).float()
+        contrast[rows, slot] = (change[rows] * mask).flatten(1).sum(1)
+    contrast /= area.clamp(min=1)
+    visible = (area >= 12) & (contrast > 0.06)
+    visible &= ((area * visible).sum(1) >= 24)[:, None]
+    masks &= visible[..., None, None]
+    contrast *= visible
+    none = ~visible.any(1)
+    image[none] = scene.clean[none]
+    again = (~none & (slots & ~visible).any(1)).nonzero()[:, 0]
+    if len(again):
+        image[again], masks[again], contrast[again] = _spoil(draw, scene.rows(again), view, visible[again])
+    return image, masks, contrast
 
 
 def measure(masks: Tensor) -> Tensor:
@@ -123,7 +194,7 @@ def measure(masks: Tensor) -> Tensor:
 
 
 def describe(family: str, product: str, shots: Photographs) -> list[dict]:
-    """What is known about each photograph, as plain data: product, and each defect's type, box, place, area, contrast."""
+    """What is known about each photograph, as plain data for :mod:`spgdd.tadd.words`."""
     size = shots.images.shape[-1]
     across, down = shots.masks.any(-2), shots.masks.any(-1)  # (B, SLOTS, S)
     ends = [v for line in (across, down) for v in (line.int().argmax(-1), size - line.flip(-1).int().argmax(-1))]
