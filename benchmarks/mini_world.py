@@ -2,7 +2,8 @@
 
     python benchmarks/mini_world.py [THREADS]      # default 2; 8 pictures of each family, the best of 5 rounds
 
-Measured on two cores of an AMD EPYC, with other work going on: see the numbers at the end of this line's file.
+Measured on two cores of an AMD EPYC: 158 images/s with half of them good, 319 all good, 119 all damaged; the first
+picture, with the noise atlas, takes 1.0 s. Other work on the same cores costs more than its share.
 """
 
 import os

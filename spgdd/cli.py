@@ -13,6 +13,7 @@ from pathlib import Path
 
 from spgdd import __version__
 from spgdd.errors import ImageError, SpgddError
+from spgdd.evaluation.commands import add_commands as add_evaluate
 from spgdd.tadd.commands import add_commands as add_tadd
 from spgdd.weights.commands import add_commands as add_weights
 
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="spgdd", description="Find, show and explain product defects.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_diagnose, add_weights, add_tadd):
+    for add in (add_diagnose, add_evaluate, add_weights, add_tadd):
         add(commands).add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):

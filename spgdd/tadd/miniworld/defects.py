@@ -1,5 +1,6 @@
 """Defect types of the mini world: a shape on the picture, and what happens to the surface inside it."""
 
+import functools
 import math
 from dataclasses import dataclass, fields
 
@@ -71,9 +72,11 @@ TYPES = tuple(DEFECTS)
 RANGES = [field.name for field in fields(Defect) if field.type is Range]
 
 
-def moves(types: Tensor) -> Tensor:
-    """(B,) bool: whether a defect of these types displaces the product."""
-    return torch.tensor([any(row.warp + row.tear) for row in DEFECTS.values()], device=types.device)[types]
+@functools.cache
+def column(name: str, device: torch.device) -> Tensor:
+    """A field of :class:`Defect` for every type: (T,), for ranges (T, 2); of shapes, their number."""
+    values = [getattr(row, name) for row in DEFECTS.values()]
+    return torch.tensor([SHAPES.index(v) for v in values] if name == "shape" else values, device=device)
 
 
 class Damage:
@@ -129,8 +132,8 @@ class Damage:
         return self._of_type(name).any(1).nonzero()[:, 0]
 
     def _of_type(self, name: str) -> Tensor:
-        """A field of :class:`Defect` for each picture: (B,) or, for ranges, (B, 2)."""
-        return torch.tensor([getattr(row, name) for row in DEFECTS.values()], device=self.types.device)[self.types]
+        """A field of :class:`Defect` for each picture: (B,), for ranges (B, 2)."""
+        return column(name, self.types.device)[self.types]
 
     def _noise(self, frequency: float | Tensor, name: str, rows: Tensor, channel: str = "cloud") -> Tensor:
         x, y = (t * frequency for t in self.view)
@@ -148,7 +151,7 @@ class Damage:
 
         size, soft = drawn["size"], drawn["soft"]
         distance = torch.hypot(u, v / drawn["aspect"]) - size * (1 + drawn["ragged"] * wander)
-        shape = torch.tensor([SHAPES.index(row.shape) for row in DEFECTS.values()], device=x.device)[self.types]
+        shape = self._of_type("shape")
         rows = (shape == SHAPES.index("curve")).nonzero()[:, 0]
         if len(rows):
             distance[rows] = self._curve(u[rows], v[rows], wander[rows], rows)

@@ -27,8 +27,7 @@ class Dice:
 
     def units(self, *names: str) -> Tensor:
         """(B, len(names)) float32, uniform in [0, 1): a hash of 32 bits of each seed and name."""
-        salt = torch.tensor([zlib.crc32(name.encode()) for name in names], device=self.seeds.device)
-        h = (self.seeds[:, None] * 0x9E3779B1 + salt).bitwise_and_(0xFFFFFFFF)
+        h = (self.seeds[:, None] * 0x9E3779B1 + salt(names, self.seeds.device)).bitwise_and_(0xFFFFFFFF)
         for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
             h = h.bitwise_xor_(h >> shift).mul_(factor).bitwise_and_(0xFFFFFFFF)
         return (h >> 8).float() / 2**24
@@ -60,6 +59,12 @@ class Dice:
     def __getitem__(self, rows: Tensor) -> "Dice":
         """The dice of some of the things."""
         return Dice(self.seeds[rows])
+
+
+@functools.cache  # a copy to a GPU would wait for all that it has to do
+def salt(names: tuple[str, ...], device: torch.device) -> Tensor:
+    """(len(names),) int64: what each name adds to the hash."""
+    return torch.tensor([zlib.crc32(name.encode()) for name in names], device=device)
 
 
 def spectral(slope: float, rng: np.random.Generator) -> np.ndarray:

@@ -22,7 +22,7 @@ def colour(dice: Dice, name: str, low: float = 0.05, high: float = 0.95, saturat
     parts = dice.units(*(f"{name}.{part}" for part in ("hue", "value", "saturation", "coloured")))  # (B, 4)
     hue, value, strength, coloured = parts[..., None].unbind(1)  # (B, 1) each
     strength = saturation * strength * (coloured < 0.67)
-    phase = torch.tensor([0.0, 1 / 3, 2 / 3], device=hue.device)
+    phase = torch.arange(3, device=hue.device) / 3
     wheel = (3 * ((hue + phase) % 1 - 0.5).abs() - 0.25).clamp(0, 1)  # (B, 3)
     return ((low + (high - low) * value) * (1 - strength * (1 - wheel)))[..., None, None]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spgdd.tadd.grammar import place_of
-from spgdd.tadd.miniworld.defects import DEFECTS, SLOTS, TYPES, Damage, moves
+from spgdd.tadd.miniworld.defects import DEFECTS, SLOTS, TYPES, Damage, column
 from spgdd.tadd.miniworld.noise import Dice, noise
 from spgdd.tadd.miniworld.objects import OBJECTS
 from spgdd.tadd.miniworld.surface import mix
@@ -149,7 +149,8 @@ def _spoil(
             dice = photo[rows].split(f"defect {slot}")
             hurt[slot] = rows, Damage(scene.types[rows], dice, view, inside)
 
-    moved = moves(scene.types).nonzero()[:, 0]
+    moves = [column(name, scene.types.device)[scene.types] for name in ("warp", "tear")]  # (B, 2) each
+    moved = torch.cat(moves, 1).any(1).nonzero()[:, 0]
     if len(moved):
         x, y = scene.x.clone(), scene.y.clone()
         for rows, damage in hurt.values():
@@ -205,7 +206,7 @@ def describe(family: str, product: str, shots: Photographs) -> list[dict]:
         for area, x, y, contrast, left, right, top, bottom in slots:
             if kind < 0 or not area:
                 continue
-            weight = contrast * (0.3 + min(area / 0.05, 1.0))
+            weight = contrast * (0.3 + min(area / 0.05, 1.0))  # severe is what is both large and clear
             defects.append({
                 "type": TYPES[kind],
                 "box": [int(left), int(top), int(right), int(bottom)],

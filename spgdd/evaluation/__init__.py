@@ -1,0 +1,1 @@
+"""How good the diagnoses are: the k-shot protocol, its metrics, and the command ``spgdd evaluate``."""

@@ -1,0 +1,255 @@
+"""The k-shot protocol: a few normal pictures of a product are drawn, its test pictures are diagnosed.
+
+Each test picture is decoded and encoded once for all shot sets, and each shot set's normals once.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from spgdd.calibration import Calibration
+from spgdd.diagnosis import Diagnoser, Reference, judge, says_defective
+from spgdd.errors import DataError
+from spgdd.evaluation.metrics import PixelCounts, image_metrics, verdict_metrics
+from spgdd.geometry import SIZE, Placement
+from spgdd.imagebind.preprocess import normalise, to_pixels
+from spgdd.images import read_image
+from spgdd.language.conversation import fold_history
+from spgdd.tadd.describe import measure
+from spgdd.tadd.grammar import TYPES, VOCABULARY, base
+from spgdd.tadd.index import index_folder, read_mask
+from spgdd.tadd.words import default_question
+
+BATCH = 32  # pictures that the vision tower and the language model take at once
+TOKENS = 64  # longest answer
+KIND_QUESTION = "What kind of defect is it?"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    name: str
+    source: Path | np.ndarray  # what read_image takes
+    kind: str = "good"  # or the defect type
+    mask: Path | np.ndarray | None = None  # bool (H, W), or the file of one
+    places: tuple[str, ...] = ()  # cells of the 3x3 grid with a defect; none: found in the mask
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One product: pictures to draw shots from, and pictures to diagnose."""
+
+    subset: str
+    product: str
+    name: str  # what the model is told that it sees
+    normals: list[Picture]
+    queries: list[Picture]
+    types: frozenset[str] = frozenset(TYPES)  # defect types that the text is expected to name
+
+
+def folder_tasks(
+    folder: str | Path, subsets: Sequence[str] = (), names: dict[str, str] | None = None, limit: int | None = None
+) -> list[Task]:
+    """The products in a folder of data sets (see ``spgdd.tadd.index``).
+
+    Shots come from the good pictures of "train" and all of "test" is diagnosed; where a data set has no such
+    split, every second good picture is kept for shots. ``names``: subset or product to the name to use.
+    ``limit``: at most so many good and so many defective pictures of a product are diagnosed.
+    Raises DataError for an unknown subset.
+    """
+    index = index_folder(folder, check=False)
+    found = defaultdict(list)
+    for row in index.rows:
+        found[row.subset, row.product].append(row)
+    known = {subset for subset, _ in found}
+    if unknown := set(subsets) - known:
+        raise DataError(f"{folder} has no subset {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}.")
+    names, tasks = VOCABULARY["spoken_names"] | (names or {}), []
+    for (subset, product), rows in found.items():
+        if subsets and subset not in subsets:
+            continue
+        good = [row for row in rows if row.defect_type == "good"]
+        test = [row for row in rows if row.split == "test"]
+        normals = [row for row in good if row.split == "train"] if test else good[::2]
+        queries = test or sorted(set(rows) - set(normals), key=lambda row: row.image)
+        pictures = [
+            Picture(row.image, index.folder / row.image, row.defect_type, index.folder / row.mask if row.mask else None)
+            for row in queries
+        ]
+        name = names.get(product) or names.get(subset) or product.replace("_", " ")
+        shots = [Picture(row.image, index.folder / row.image) for row in normals]
+        tasks.append(Task(subset, product, name, shots, _limited(pictures, limit)))
+    return tasks
+
+
+def _limited(pictures: list[Picture], limit: int | None) -> list[Picture]:
+    rng, kept = random.Random(0), set()
+    for good in (True, False):
+        group = [p for p in pictures if (p.kind == "good") == good]
+        kept.update(group if limit is None else rng.sample(group, min(limit, len(group))))
+    return [p for p in pictures if p in kept]
+
+
+def miniworld_tasks(families: Sequence[str] = (), products: int = 5, limit: int = 20, normals: int = 16) -> list[Task]:
+    """Generated products that no training run has seen: ``products`` of each family, the same on every call.
+
+    ``families``: by default those held out from training. ``limit`` pictures of each product are drawn good
+    and as many damaged (one too faint to be seen counts as good), ``normals`` more are there to draw shots
+    from. Of the defect types, the held-out ones occur but are not asked for by name.
+    """
+    from spgdd.tadd.miniworld import world
+
+    if unknown := set(families) - set(world.FAMILIES):
+        raise DataError(f"no family {', '.join(sorted(unknown))}; the mini world has {', '.join(world.FAMILIES)}.")
+    tasks, asked = [], frozenset(TYPES) - set(world.HELD_OUT_TYPES)
+    for family in families or world.HELD_OUT_FAMILIES:
+        generator = torch.Generator().manual_seed(list(world.FAMILIES).index(family))
+        possible = torch.tensor(world.possible_types(family))
+        name = VOCABULARY["product_names"].get(family, [family.replace("_", " ")])[0]
+        for number in range(products):
+            count = normals + 2 * limit
+            # Training draws seeds below 2**31.
+            seeds = torch.randint(2**31, 2**32, (1 + count,), generator=generator)
+            kinds = possible[torch.randint(len(possible), (count,), generator=generator)]
+            kinds[: normals + limit] = -1
+            pictures = []
+            for part in torch.arange(count).split(BATCH):
+                shots = world.photograph(family, seeds[:1].expand(len(part)), seeds[1:][part], kinds[part])
+                for i, sample in enumerate(world.describe(family, name, shots)):
+                    defects = sample["defects"]
+                    pictures.append(Picture(
+                        f"{family} {number} photo {part[i]}",
+                        shots.images[i].permute(1, 2, 0).numpy(),
+                        defects[0]["type"] if defects else "good",
+                        shots.masks[i].any(0).numpy() if defects else None,
+                        tuple(dict.fromkeys(defect["place"] for defect in defects)),
+                    ))  # fmt: skip
+            tasks.append(Task(family, f"{family} {number}", name, pictures[:normals], pictures[normals:], asked))
+    return tasks
+
+
+def evaluate(
+    diagnoser: Diagnoser, tasks: Sequence[Task], shots: Sequence[int] = (1,), seeds: Sequence[int] = (0, 1, 2),
+    text: bool = True, false_alarm_rate: float = 0.05, progress: bool = True,
+) -> list[dict]:  # fmt: skip
+    """One run per product, number of shots and seed: subset, product, shots, seed, metrics, pictures.
+
+    A seed shuffles the normal pictures, and k shots are the first k of them. Without shots there is one run,
+    of seed None. Pictures are dicts of everything that the metrics are made of. Raises DataError for a
+    product with fewer normal pictures than shots, or without pictures to diagnose.
+    """
+    for task in tasks:
+        if len(task.normals) < max(shots) or not task.queries:
+            raise DataError(
+                f"{task.subset}/{task.product} has {len(task.normals)} normal pictures to draw {max(shots)} shots "
+                f"from and {len(task.queries)} to diagnose. Choose other --subsets or fewer --shots."
+            )
+    runs = []
+    with tqdm(total=sum(len(task.queries) for task in tasks), unit="picture", disable=not progress) as bar:
+        for task in tasks:
+            bar.set_description(task.product)
+            runs += _evaluate_task(diagnoser, task, shots, seeds, text, false_alarm_rate, bar)
+    return runs
+
+
+@torch.inference_mode()
+def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, rate: float, bar: tqdm) -> list[dict]:
+    sets: dict[tuple, Reference | None] = {}
+    for seed in seeds:
+        order = random.Random(seed).sample(task.normals, len(task.normals))
+        for k in shots:
+            sources = [picture.source for picture in order[:k]]
+            sets[k, seed if k else None] = diagnoser.reference(sources, task.name) if k else None
+    calibrations = {key: known.calibration if known else Calibration("none") for key, known in sets.items()}
+    limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
+    counts, pictures = {key: PixelCounts() for key in sets}, {key: [] for key in sets}
+    for batch in load_batches(task.queries, diagnoser.model.profile.fit):
+        features = diagnoser.model.encode(normalise(torch.stack([loaded.pixels for loaded in batch])))
+        for key, reference in sets.items():
+            maps = diagnoser.model.anomaly_map(features, task.name, reference.bank if reference else None)
+            records = []
+            for loaded, corner_map in zip(batch, maps[:, 0].float().cpu().numpy(), strict=True):
+                picture = loaded.picture
+                found = judge(corner_map, limits[key], loaded.placement, picture.name)
+                score, verdict, regions, square_map = found
+                records.append({
+                    "picture": picture.name, "kind": picture.kind, "places": loaded.places, "score": score,
+                    "threshold": limits[key].threshold, "verdict": verdict,
+                    "regions": [asdict(region) for region in regions[:3]],
+                })  # fmt: skip
+                if picture.kind == "good" or loaded.coverage is not None:
+                    counts[key].add(square_map, loaded.coverage)
+            if text:
+                _ask(diagnoser.model, features, maps, task, records)
+            pictures[key] += records
+        bar.update(len(batch))
+    return [
+        {
+            "subset": task.subset, "product": task.product, "name": task.name, "shots": key[0], "seed": key[1],
+            "normals": sets[key].normals if sets[key] else (),
+            "metrics": image_metrics([p["kind"] != "good" for p in rows], [p["score"] for p in rows])
+            | counts[key].metrics() | verdict_metrics(rows),
+            "pictures": rows,
+        }
+        for key, rows in pictures.items()
+    ]  # fmt: skip
+
+
+def _ask(model, features, maps: torch.Tensor, task: Task, records: list[dict]) -> None:
+    """Add the answers: whether there is a defect; and of true positives, as the next question, its kind."""
+    prompts, question = model.prompt_tokens(maps, features), default_question(task.name)
+    answers = model.language.generate_batch(features.embedding, [question] * len(records), prompts, TOKENS)
+    rows = []
+    for number, (record, answer) in enumerate(zip(records, answers, strict=True)):
+        record |= {"answer": answer.text.strip(), "cut": answer.stopped == "length"}
+        if base(record["kind"]) in task.types and says_defective(answer.text):
+            rows.append(number)
+    if rows:
+        talks = [fold_history(((question, records[row]["answer"]),), KIND_QUESTION) for row in rows]
+        answers = model.language.generate_batch(features.embedding[rows], talks, prompts[rows], TOKENS)
+        for row, answer in zip(rows, answers, strict=True):
+            records[row]["kind_answer"] = answer.text.strip()
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    picture: Picture
+    pixels: torch.Tensor  # uint8 (3, 224, 224)
+    placement: Placement
+    coverage: np.ndarray | None  # float32 (224, 224), share of each pixel of the square that is defective
+    places: list[str]
+
+
+def load_batches(pictures: Sequence[Picture], fit: str) -> Iterator[list[Loaded]]:
+    """Decoded pictures in batches; while the caller works on one batch, the next is decoded."""
+    with ThreadPoolExecutor() as pool:
+        waiting = []
+        for start in range(0, len(pictures), BATCH):
+            batch = pictures[start : start + BATCH]
+            waiting.append([pool.submit(load_picture, picture, fit) for picture in batch])
+            if len(waiting) > 1:
+                yield [future.result() for future in waiting.pop(0)]
+        yield [future.result() for future in waiting[0]]
+
+
+def load_picture(picture: Picture, fit: str) -> Loaded:
+    """Decode a picture and its mask, and shrink the mask area by area to the square that the model sees."""
+    image = read_image(picture.source)
+    placement = Placement(*image.size, fit)
+    coverage, places = None, list(picture.places)
+    if picture.mask is not None:
+        mask = read_mask(picture.mask) if isinstance(picture.mask, Path) else picture.mask  # (H, W)
+        if not places:
+            places = list(dict.fromkeys(d["place"] for d in measure(mask, np.asarray(image), picture.kind)))
+        width, height = placement.resized
+        left, top = round((width - SIZE) / 2), round((height - SIZE) / 2)
+        resized = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+        coverage = np.asarray(resized)[top : top + SIZE, left : left + SIZE].clip(0, 1)
+    return Loaded(picture, to_pixels(image, fit), placement, coverage, places)
