@@ -53,6 +53,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--profile", default="mini", help="mini (default), anomalygpt-7b, spgdd-7b or spgdd-13b")
     add("--root", type=Path, metavar="DIR", help="folder of the weights (default: pretrained_ckpt)")
     add("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
+    add("--quantize", choices=("8bit", "4bit"), help="shrink the language model on a GPU (needs bitsandbytes)")
+
+
+def model_options(options: argparse.Namespace) -> dict:
+    """What ``add_model_options`` read, as ``spgdd.load`` takes it."""
+    return {name: getattr(options, name) for name in ("profile", "root", "device", "quantize")}
 
 
 def add_diagnose(commands) -> argparse.ArgumentParser:
@@ -93,7 +99,7 @@ def diagnose(options: argparse.Namespace) -> int:
     if options.normal and not normals:
         raise ImageError("none of the normal pictures can be used, so nothing was diagnosed.")
     if images:
-        diagnoser = load(options.profile, root=options.root, device=options.device)
+        diagnoser = load(**model_options(options))
         reference = diagnoser.reference(normals, options.product or "object") if normals else None
     try:
         for image in tqdm(images, unit="picture", disable=None if len(images) > 1 else True):

@@ -183,12 +183,14 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     quantize: Literal["8bit", "4bit"] | None = None,
+    device_map: str | dict | None = None,
 ) -> SPGDD:
     """Read a profile's weights from ``root`` (see ``weights_folder``), in evaluation mode.
 
     ``device``: by default a GPU where there is one. ``dtype`` of ImageBind and the language model: by default
-    ``choose_dtype``; what can be trained is always float32. ``quantize`` shrinks the language model. Raises
-    WeightsError that lists every missing file, or names one that is damaged or belongs to another model.
+    ``choose_dtype``; what can be trained is always float32. ``quantize`` shrinks the language model,
+    ``device_map`` spreads it over several GPUs ("auto", or as in transformers). Raises WeightsError that lists
+    every missing file, or names one that is damaged or belongs to another model.
     """
     profile = get_profile(profile) if isinstance(profile, str) else profile
     root = weights_folder(root)
@@ -202,7 +204,7 @@ def load_model(
     folder = profile.text_tokenizer
     tokenizer = TextTokenizer.load(root / folder) if folder else TextTokenizer()
     lora = LoraSettings(r=profile.lora_rank, alpha=profile.lora_rank)
-    language = Vicuna.load(root / profile.language, config.joint, dtype, {"": device}, quantize, lora)
+    language = Vicuna.load(root / profile.language, config.joint, dtype, device_map or {"": device}, quantize, lora)
     with device:
         model = SPGDD(profile, imagebind, language, tokenizer)
     model.standins = tuple(

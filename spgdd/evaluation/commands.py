@@ -45,6 +45,7 @@ def add_commands(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    from spgdd.cli import model_options
     from spgdd.diagnosis import load
     from spgdd.evaluation.metrics import summarise
     from spgdd.evaluation.protocol import evaluate, folder_tasks, miniworld_tasks
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         tasks = miniworld_tasks(args.subsets, args.draws, args.limit or 20)
     else:
         tasks = folder_tasks(args.data, args.subsets, names, args.limit)
-    diagnoser = load(args.profile, root=args.root, device=args.device)
+    diagnoser = load(**model_options(args))
     runs = evaluate(diagnoser, tasks, args.shots, args.seeds, args.text, args.false_alarm_rate)
     rows = summarise(runs)
     for title, columns in {"maps and their verdicts": MAP, "text": TEXT if args.text else {}}.items():
