@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spgdd.imagebind.preprocess import MEAN, STD
 from spgdd.tadd.miniworld import FAMILIES
 from spgdd.tadd.miniworld.world import (
     HELD_OUT_FAMILIES,
@@ -21,8 +22,6 @@ from spgdd.tadd.miniworld.world import (
 )
 
 GROUP = 4
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 TRAIN_FAMILIES = tuple(name for name in FAMILIES if name not in HELD_OUT_FAMILIES)
 TRAIN_TYPES = tuple(name for name in TYPES if name not in HELD_OUT_TYPES)
 

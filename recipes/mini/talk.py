@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pool import GROUP, MEAN, STD, TRAIN_FAMILIES, TRAIN_TYPES
+from pool import GROUP, TRAIN_FAMILIES, TRAIN_TYPES
 from torch import Tensor
 from tqdm import tqdm
 
 from spgdd.imagebind import ImageFeatures
+from spgdd.imagebind.preprocess import normalise
 from spgdd.model import SPGDD, load_model
 from spgdd.profiles import get_profile
 from spgdd.selfprompt import zero_shot_map
@@ -48,11 +49,6 @@ class Talk:
         maps = torch.where(few, self.few_shot[rows], self.zero_shot[rows])
         talks = [words.conversation(self.samples[i], rng, kinds=TRAIN_TYPES) for i in rows]
         return self.pictures(rows), enlarge(maps.float()), talks
-
-
-def normalise(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
 
 
 @torch.no_grad()
