@@ -6,7 +6,7 @@ FOLDER gets 19 GB of stand-ins; a Vicuna that merge_vicuna.py left there is used
 memory. Each step prints its seconds and the peak of resident memory; what does not fit raises an error.
 
 Measured on two cores of an AMD EPYC without GPU, in float16: 5.1 GB of stand-ins 11 s, ImageBind's six towers
-(mapped) under 1 s, Vicuna with both deltas 24 s, ladder 461 s; peak 16.8 GB with the mapped files.
+(mapped) under 1 s, Vicuna with both deltas 24 s, ladder 461 s; peak 17.0 GB with the mapped files.
 """
 
 import resource

@@ -6,8 +6,8 @@ Prints the peak of resident memory (VmHWM: everything, mapped file pages too) an
 the system cannot drop; RssFile: mapped pages), read from /proc every 10 ms, and whether merges killed
 (SIGKILL) at five random moments end with the same hashes as one that ran through. Linux only.
 
-Measured on two cores of an AMD EPYC: 124 s, VmHWM 1.48 GB, RssAnon 0.75 GB, RssFile 0.80 GB; killed after 14,
-23, 42, 66 and 79 s with 2 to 13 of 14 shards done: equal hashes each time.
+Measured on two cores of an AMD EPYC: 98 s, VmHWM 1.47 GB, RssAnon 0.74 GB, RssFile 0.79 GB; killed after 11, 18,
+33, 52 and 62 s with 0 to 4 of 14 shards done (other programs ran): equal hashes each time.
 """
 
 import json

@@ -16,11 +16,12 @@ import pytest
 from conftest import ROOT
 from spgdd.errors import WeightsError
 from spgdd.profiles import get_profile
+from spgdd.tadd.download import CATALOG
 from spgdd.weights import catalog
 from spgdd.weights.catalog import File
-from spgdd.weights.download import Patience, download, fetch
+from spgdd.weights.download import Patience, address, download, fetch
 from spgdd.weights.plan import plan
-from spgdd.weights.verify import remember, status, verify
+from spgdd.weights.verify import status, verify
 
 QUICK = Patience(attempts=8, first_wait=0.001, longest_wait=0.002, timeout=0.15)
 
@@ -291,8 +292,11 @@ def test_download_verify_and_status(server, tmp_path, monkeypatch):
     assert [row.state for row in verify("prof", tmp_path)] == ["verified", "wrong", "verified"]
     with pytest.raises(WeightsError, match="Move it away"):
         download("prof", tmp_path, QUICK, progress=False)
-    remember(tmp_path, "folder/0.bin", None)
-    assert [row.state for row in status("prof", tmp_path)][0] == "unchecked"
+    damaged.write_bytes(data[1])
+    (tmp_path / "verified.json").unlink()  # files that were copied by hand: nothing to fetch, all to be verified
+    assert not plan("prof", tmp_path).files and "3 file(s) are there" in str(plan("prof", tmp_path))
+    assert {row.state for row in download("prof", tmp_path, QUICK, progress=False)} == {"verified"}
+    assert len(server.requests) == served and str(plan("prof", tmp_path)) == "Nothing to download: all is there."
 
 
 def test_offline_mode_and_small_disk(server, tmp_path, monkeypatch):
@@ -354,6 +358,18 @@ def test_hub_file_killed_and_resumed_with_token_and_hub_hash(server, tmp_path):
     assert [headers["authorization"] for headers in asked] == ["Bearer hf_secret"] * 2
     record = json.loads((tmp_path / "verified.json").read_text())["f/model.bin"]
     assert record["checked"] == "SHA-256 as stated by the hub"
+
+
+def test_every_source_is_an_address():
+    """Of the weights and of the data sets: models, spaces and data sets of the hub, and plain links."""
+    bundles = [catalog.get_bundle(name) for name in catalog.names()[1]]
+    sources = [source for bundle in bundles for file in bundle.files for source in file.sources]
+    sources += [source for entry in CATALOG for file in entry.get("files", ()) for source in file["sources"]]
+    links = {source: address(source)[0] for source in sources}
+    assert all(link.startswith("https://") for link in links.values()) and len(links) > 40
+    chat = next(link for source, link in links.items() if source.startswith("hf:datasets/"))
+    name = "pandagpt_visual_instruction_dataset/resolve/db19562/pandagpt4_visual_instruction_data.json"
+    assert chat == f"https://huggingface.co/datasets/openllmplayground/{name}"
 
 
 def test_catalogue_is_complete():

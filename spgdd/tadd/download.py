@@ -5,6 +5,7 @@ The links, sizes, hashes and licences are data, in ``datasets.json``.
 
 import json
 import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,7 +19,7 @@ DATASETS = {entry["name"]: entry for entry in CATALOG}
 def about(name: str, root: str | Path = "data/TADD") -> str:
     """Title, licence, size, page, and what to do by hand where there is no direct link."""
     entry = _entry(name)
-    size = sum(file.get("bytes", file.get("about_bytes", 0)) for file in entry.get("files", ()))
+    size = _size(entry)
     lines = [entry["title"], f"  licence: {entry['licence']}", f"  page:    {entry['page'] or 'unknown'}"]
     lines += [f"  size:    {size / 1e9:.1f} GB to download, and about as much again unpacked"] if size else []
     if "steps" in entry:
@@ -27,7 +28,10 @@ def about(name: str, root: str | Path = "data/TADD") -> str:
 
 
 def download(name: str, root: str | Path = "data/TADD") -> Path:
-    """Fetch, verify and unpack a data set; returns its folder. DataError with the steps if it has no link."""
+    """Fetch, verify and unpack a data set; returns its folder.
+
+    Raises DataError with the steps if it has no link, and if the disk is too small for archive and content.
+    """
     from spgdd.weights.catalog import File
     from spgdd.weights.download import fetch
 
@@ -35,6 +39,10 @@ def download(name: str, root: str | Path = "data/TADD") -> Path:
     if "files" not in entry:
         raise DataError(f"{name} cannot be downloaded from here.\n{about(name, root)}")
     folder = Path(os.path.normpath(Path(root) / entry["folder"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    need, free = 2 * _size(entry), shutil.disk_usage(folder).free
+    if need > free:
+        raise DataError(f"{name} needs about {need / 1e9:.1f} GB in {folder}; {free / 1e9:.1f} GB are free.")
     for file in entry["files"]:
         options = {key: value for key, value in file.items() if key not in ("name", "sources")}
         fetch(File(file["name"], tuple(file["sources"]), **options), folder)
@@ -50,6 +58,11 @@ def unpack(archive: Path) -> None:
     elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as file:
             file.extractall(archive.parent, filter="data")
+
+
+def _size(entry: dict) -> int:
+    """Bytes to download, as far as they are published."""
+    return sum(file.get("bytes", file.get("about_bytes", 0)) for file in entry.get("files", ()))
 
 
 def _entry(name: str) -> dict:

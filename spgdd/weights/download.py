@@ -51,14 +51,14 @@ def download(names: str | Sequence[str], root: str | Path | None = None, patienc
     """
     root = weights_folder(root)
     todo = plan(names, root)
-    if todo.files:
-        if todo.fetch_bytes + 1e8 > todo.free_bytes:
+    if todo.files or todo.unchecked:
+        if todo.files and todo.fetch_bytes + 1e8 > todo.free_bytes:
             raise WeightsError(f"{readable(todo.fetch_bytes)} are to be fetched, {readable(todo.free_bytes)} "
                                "are free on the disk. Make room, or give another root.")
         root.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(root / ".download.lock", timeout=0):
-                problems = _fetch_all(todo.files, root, patience, workers, progress)
+                problems = _fetch_all(todo.unchecked + todo.files, root, patience, workers, progress)
         except Timeout:
             raise WeightsError(f"Another download is running in {root}. Wait for it or stop it.") from None
         if problems:
@@ -169,7 +169,7 @@ def _transfer(source: str, file: File, target: Path, timeout: float, bar: tqdm,
     total = file.bytes or note.get("bytes")
     if total is not None and have == total:
         return note.get("hub", {})
-    url, headers = _address(source)
+    url, headers = address(source)
     if have:
         headers["Range"] = f"bytes={have}-"
     session = get_session()
@@ -213,11 +213,12 @@ def _receive(response, part: Path, start: int, total: int | None, bar: tqdm, sto
         raise _Interrupted(f"the server stopped after {received:,} of {total:,} bytes")
 
 
-def _address(source: str) -> tuple[str, dict]:
+def address(source: str) -> tuple[str, dict]:
+    """(link, headers of the request) of a source as the catalogues write it."""
     if not source.startswith("hf:"):
         return source, {"Accept-Encoding": "identity"}
-    space, repository, revision, path = re.fullmatch(r"hf:(spaces/)?([^@]+)@([^/]+)/(.+)", source).groups()
-    url = hf_hub_url(repository, path, repo_type="space" if space else None, revision=revision)
+    kind, repository, revision, path = re.fullmatch(r"hf:(?:(space|dataset)s/)?([^@]+)@([^/]+)/(.+)", source).groups()
+    url = hf_hub_url(repository, path, repo_type=kind, revision=revision)
     return url, build_hf_headers() | {"Accept-Encoding": "identity"}
 
 

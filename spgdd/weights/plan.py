@@ -20,15 +20,19 @@ class Plan:
 
     bundles: list[Bundle]
     files: list[File]  # to fetch
+    unchecked: list[File]  # there, and compared with what is published before anything is fetched
     fetch_bytes: int
     free_bytes: int
     notes: list[str]
 
     def __str__(self) -> str:
+        there = [f"{len(self.unchecked)} file(s) are there and will be verified."] * bool(self.unchecked)
+        if not self.files:
+            return " ".join(["Nothing to download: all is there.", *there])
         lines = [f"{x.title} ({readable(x.size)})\n    licence: {x.licence}" for x in self.bundles]
         fetch, free = readable(self.fetch_bytes), readable(self.free_bytes)
         lines += [f"{len(self.files)} file(s), {fetch} to fetch; {free} free on the disk."]
-        return "\n".join(lines + self.notes) if self.files else "Nothing to download: all is there."
+        return "\n".join(lines + there + self.notes)
 
 
 def plan(names: str | Sequence[str], root: str | Path | None = None) -> Plan:
@@ -40,18 +44,18 @@ def plan(names: str | Sequence[str], root: str | Path | None = None) -> Plan:
     bundles = missing_bundles(names, root)
     refuse_strangers(bundles, root)
     states = {row.path: row.state for bundle in bundles for row in status(bundle.name, root)}
-    files = [file for bundle in bundles for file in bundle.files
-             if states.get(file.path) not in ("verified", "accepted")]
+    files = [file for bundle in bundles for file in bundle.files]
+    unchecked = [file for file in files if states.get(file.path) == "unchecked"]
+    files = [file for file in files if states.get(file.path) not in ("verified", "accepted", "unchecked")]
     parts = [part_path(root / file.path) for file in files]
     there = sum(part.stat().st_size for part in parts if part.exists())
-    there += sum(file.size for file in files if states.get(file.path) == "unchecked")
     existing = next(folder for folder in [root.absolute(), *root.absolute().parents] if folder.exists())
     notes, ram = [], psutil.virtual_memory().total
     for need in {PROFILES[name].gpu_gb for name in names if name in PROFILES}:
         verdict = ": too little without a GPU." if ram < need * 1e9 else "."
         notes.append(f"To run it in 16 bits: about {need} GB of GPU memory, or of RAM without a GPU; this "
                      f"machine has {readable(ram)} of RAM{verdict}")
-    return Plan(bundles, files, max(sum(file.size for file in files) - there, 0),
+    return Plan(bundles, files, unchecked, max(sum(file.size for file in files) - there, 0),
                 shutil.disk_usage(existing).free, notes)
 
 
