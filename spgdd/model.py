@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spgdd.imagebind
@@ -16,17 +17,26 @@ from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer, load_imageb
 from spgdd.language import LoraSettings, Vicuna
 from spgdd.profiles import Delta, Profile, get_profile, weights_folder
 from spgdd.selfprompt import (
+    AbnormalPrompts,
+    Comparison,
     Focus,
     Memory,
     MemoryBank,
+    MemoryTokens,
     PatchDecoder,
     PromptLearner,
+)
+from spgdd.selfprompt.abnormal_prompts import MATCHING, matching_loss, triplet_loss
+from spgdd.selfprompt.comparison import probability, word_evidence
+from spgdd.selfprompt.focuser import (
     dice_loss,
+    enlarge,
     focal_loss,
-    text_anchors,
+    text_vectors,
     zero_shot_map,
     zero_shot_probabilities,
 )
+from spgdd.selfprompt.memory import closest, on_grid
 from spgdd.weights.checkpoint import is_standin
 from spgdd.weights.delta import apply_delta, load_delta
 
@@ -34,10 +44,9 @@ MASK_THRESHOLD = 0.3  # a mask pixel above it is defective (AnomalyGPT)
 
 
 class TrainingLoss(NamedTuple):
-    total: Tensor  # scalar, language + focal + dice: what is minimised
+    total: Tensor  # scalar, what is minimised: the language loss and all parts
     language: Tensor  # scalar, nats per answer token
-    focal: Tensor  # (L,), one per tap; zeros without masks
-    dice: Tensor  # (L,)
+    parts: dict[str, Tensor]  # scalars, weighted as in the total, each a mean over images
     token_accuracy: Tensor  # scalar, share of answer tokens predicted right
 
 
@@ -58,9 +67,13 @@ class SPGDD(nn.Module):
         self.text_tokenizer = tokenizer
         self.image_decoder = PatchDecoder(width, config.joint, taps)
         self.prompt_learner = PromptLearner(language.hidden, profile.prompt_channels)
-        self.focus = Focus(width, language.hidden, taps) if profile.focus else None
         self.memory = Memory(taps, width, profile.scales)
-        self._anchors: dict[str, Tensor] = {}
+        self.comparison = Comparison(taps, len(profile.scales)) if profile.comparison else None
+        self.focus = Focus(width, language.hidden, taps) if profile.focus else None
+        self.memory_tokens = MemoryTokens(width, language.hidden) if profile.memory_tokens else None
+        self.abnormal_prompts = AbnormalPrompts(config.text.width) if profile.learned_prompts else None
+        self._sentences: dict[str, tuple[Tensor, Tensor]] = {}
+        self._anchors: dict[tuple[str, int], Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -71,39 +84,101 @@ class SPGDD(nn.Module):
         """Normalised images (B, 3, 224, 224) -> features, in one run of the vision tower for all uses."""
         return self.imagebind.encode_image(images.to(self.device))
 
-    def anchors(self, product: str) -> Tensor:
-        """Unit vectors (2, J) float32 of a normal and an abnormal ``product``, computed once per name."""
-        if product not in self._anchors:
+    def sentences(self, product: str) -> tuple[Tensor, Tensor]:
+        """Unit vectors of the hand-written sentences on a product: normal (14, J), abnormal (10, J); computed once."""
+        if product not in self._sentences:
             # The cache outlives a caller's inference mode, whose tensors could not be trained with.
             with torch.inference_mode(False), torch.no_grad():
-                self._anchors[product] = text_anchors(
-                    self.imagebind.encode_text,
-                    lambda texts: self.text_tokenizer(texts).to(self.device),
-                    product,
-                )
-        return self._anchors[product].to(self.device)
+                self._sentences[product] = text_vectors(self.imagebind.encode_text, self._tokenise, product)
+        return self._sentences[product]
+
+    def anchors(self, product: str) -> Tensor:
+        """Unit vectors (2, J) float32 of a normal and an abnormal ``product``, computed once per name."""
+        learned = self.abnormal_prompts
+        key = product, 0 if learned is None else learned.offsets._version  # changes with every step of training
+        if key not in self._anchors:
+            with torch.inference_mode(False), torch.no_grad():
+                self._anchors[key] = self.learned_anchors([product])[0][0]
+        return self._anchors[key].to(self.device)
+
+    def learned_anchors(self, products: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """``anchors`` (n, 2, J) with the gradient of the learned prompts, and their matching loss."""
+        names = sorted(set(products))
+        rows = [names.index(product) for product in products]
+        normal, abnormal = (torch.stack(side)[rows] for side in zip(*map(self.sentences, names), strict=True))
+        loss = torch.zeros((), device=self.device)
+        if self.abnormal_prompts is not None:
+            embed = self.imagebind.modality_preprocessors["text"]
+            learned = self.abnormal_prompts(embed, self.imagebind.encode_text, self._tokenise, names)[rows]  # (n, P, J)
+            loss, abnormal = matching_loss(abnormal, learned), torch.cat([abnormal, learned], dim=1)
+        return F.normalize(torch.stack([normal.mean(1), abnormal.mean(1)], dim=1), dim=-1), loss
+
+    def _tokenise(self, texts: list[str]) -> Tensor:
+        return self.text_tokenizer(texts).to(self.device)
 
     @torch.no_grad()
     def anomaly_map(
-        self, features: ImageFeatures, product: str = "object", bank: MemoryBank | None = None
+        self,
+        features: ImageFeatures,
+        product: str = "object",
+        bank: MemoryBank | None = None,
+        without: Tensor | None = None,
     ) -> Tensor:
         """Anomaly map (B, 1, 224, 224) float32, higher where stranger.
 
-        With a bank it comes from the normal images (0 to 2), else from the product's name (0 to 1).
+        Without a bank it comes from the product's name, 0 to 1; with one from the normal images too: 0 to 1 where the
+        profile has a learned comparison, else AnomalyGPT's distance, 0 to 2. ``without`` (B,): the normal image, by its
+        number in the bank, that each image is not compared with.
         """
-        if bank is not None:
-            return self.memory.anomaly_map(features.patches, bank)
-        return zero_shot_map(self.image_decoder(features.patches), self.anchors(product))
+        if bank is None:
+            return zero_shot_map(self.image_decoder(features.patches), self.anchors(product))
+        self.memory.require_scales(bank)
+        barred = None
+        if without is not None:
+            barred = bank.origin.to(self.device) == without.to(self.device)[:, None, None, None]  # (B, L, S, M)
+        anchors = None if self.comparison is None else self.anchors(product)
+        return self.few_shot_map(features.patches, anchors, bank.tokens[None], barred)
 
-    def prompt_tokens(self, anomaly_map: Tensor, features: ImageFeatures) -> Tensor:
+    def few_shot_map(
+        self, patches: Tensor, anchors: Tensor | None, tokens: Tensor, barred: Tensor | None = None
+    ) -> Tensor:
+        """Map (B, 1, 224, 224) of patches (B, L, N, D) against G banks; see ``Memory.compare``.
+
+        ``anchors`` (2, J), or (G, 2, J) where the banks are of different products, are for a learned comparison.
+        """
+        distances, index = self.memory.compare(patches, tokens, barred)
+        fused = self.memory.fuse(distances)  # (B, N)
+        if self.comparison is None:
+            return enlarge(on_grid(fused)[:, None])
+        anchors = anchors.expand(len(tokens), 2, -1)  # (G, 2, J)
+        share = len(patches) // len(tokens)
+        known = word_evidence(self.image_decoder(tokens[:, :, 0].to(patches.device)), anchors)  # (G, L, M)
+        expected = known.repeat_interleave(share, 0).gather(2, index[:, :, 0])  # (B, L, N)
+        words = word_evidence(self.image_decoder(patches), anchors.repeat_interleave(share, 0))
+        return probability(enlarge(on_grid(self.comparison(distances, fused, words, expected))[:, None]))
+
+    def prompt_tokens(
+        self, anomaly_map: Tensor, features: ImageFeatures, bank: MemoryBank | None = None
+    ) -> Tensor:
         """Tokens (B, P, H) that tell the language model about a map (B, 1, 224, 224) and what it points at.
 
-        18 map tokens, then one focus token per tap where the profile has them.
+        18 map tokens, then, where the profile has them, one focus token per tap and the memory tokens.
         """
-        tokens = self.prompt_learner(anomaly_map)
-        if self.focus is None:
-            return tokens
-        return torch.cat([tokens, self.focus(features.patches, anomaly_map)], dim=1)
+        return self._prompt_tokens(anomaly_map, features.patches, None if bank is None else bank.tokens[None])
+
+    def _prompt_tokens(self, anomaly_map: Tensor, patches: Tensor, tokens: Tensor | None) -> Tensor:
+        """``tokens`` (G, L, S, M, D) of G banks, as ``Memory.compare`` takes them."""
+        prompts = [self.prompt_learner(anomaly_map)]
+        if self.focus is not None:
+            prompts.append(self.focus(patches, anomaly_map))
+        if self.memory_tokens is not None:
+            known = ()
+            if tokens is not None:
+                entries, gate = tokens[:, -1, 0].to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
+                query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
+                known = entries, closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)
+            prompts.append(self.memory_tokens(patches, anomaly_map, *known))
+        return torch.cat(prompts, dim=1)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,11 +193,9 @@ class SPGDD(nn.Module):
             digest.update(block.attn.in_proj_weight.detach().signbit().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def build_bank(
-        self, patches: Tensor, product: str, rotate: bool = False, budget: int | None = None
-    ) -> MemoryBank:
+    def build_bank(self, patches: Tensor, product: str, **options) -> MemoryBank:
         """``Memory.build`` of normal images' patch tokens (K, L, N, D), with the marks that saving needs."""
-        bank = self.memory.build(patches, rotate, budget)
+        bank = self.memory.build(patches, **options)
         return replace(bank, product=product, profile=self.profile.name, imagebind=self.fingerprint)
 
     def load_bank(self, path: str | Path) -> MemoryBank:
@@ -135,34 +208,54 @@ class SPGDD(nn.Module):
         products: Sequence[str],
         conversations: Sequence[Sequence[dict]],
         masks: Tensor | None = None,
-        banks: Sequence[MemoryBank] | None = None,
+        normals: Sequence[Tensor | None] | None = None,
         max_length: int = 1024,
     ) -> TrainingLoss:
-        """AnomalyGPT's loss: language + focal and dice of every tap's zero-shot map, unweighted.
+        """The loss of a batch: language, and where there are masks, what the maps must show.
 
-        There is one product name, conversation (see ``Vicuna.forward_loss``) and memory bank per image. Banks
-        change the map that the prompts are made of and leave the pixel losses alone; None: the zero-shot map.
-        ``masks`` (B, 224, 224) are 0 to 1, defective above 0.3; None: no pixel losses (chat data, product
-        "object").
+        There is one product name, conversation (see ``Vicuna.forward_loss``) and entry of ``normals`` per image: patch
+        tokens (K, L, N, D) of normal images of the same product, or None for a map from the name alone. ``masks``
+        (B, 224, 224) are 0 to 1, defective above 0.3; None: chat data, product "object".
+
+        Parts, all unweighted unless said: focal and dice of every tap's zero-shot map (AnomalyGPT); the same of the
+        few-shot maps where the comparison is learned; the triplet loss and ``MATCHING`` times the matching loss where
+        the abnormal prompts are.
         """
-        anchors = torch.stack([self.anchors(product) for product in products])  # (B, 2, J)
-        probabilities = zero_shot_probabilities(self.image_decoder(features.patches), anchors)
-        if banks is None:
-            anomaly_map = probabilities[:, :, 1].mean(1, keepdim=True)
-        else:
-            rows = zip(features.patches.split(1), banks, strict=True)
-            anomaly_map = torch.cat([self.memory.anomaly_map(patches, bank) for patches, bank in rows])
+        anchors, matching = self.learned_anchors(products)  # (B, 2, J)
+        decoded = self.image_decoder(features.patches)
+        probabilities = zero_shot_probabilities(decoded, anchors)  # (B, L, 2, 224, 224)
+        maps, prompts, few = probabilities[:, :, 1].mean(1, keepdim=True), {}, []
+        counts = [0 if given is None else len(given) for given in normals or [None] * len(products)]
+        for count in sorted(set(counts)):  # images with equally many normal ones together
+            rows = [row for row, have in enumerate(counts) if have == count]
+            tokens = None
+            if count:
+                given = torch.stack([normals[row] for row in rows]).to(self.device)  # (g, K, L, N, D)
+                tokens = self.memory.tokens(given)
+                maps = maps.index_copy(0, torch.tensor(rows, device=self.device),
+                                       self.few_shot_map(features.patches[rows], anchors[rows], tokens))  # fmt: skip
+                few += rows
+            prompts |= zip(rows, self._prompt_tokens(maps[rows], features.patches[rows], tokens), strict=True)
         said = self.language.forward_loss(
-            features.embedding, conversations, self.prompt_tokens(anomaly_map, features), max_length
+            features.embedding, conversations, torch.stack([prompts[row] for row in range(len(products))]), max_length
         )
-        taps = probabilities.unbind(1)
-        if masks is None:
-            focal = dice = torch.zeros(len(taps), device=self.device)
-        else:
+        parts = {}
+        if masks is not None:
             truth = (masks.to(self.device) > MASK_THRESHOLD).float()
-            focal = torch.stack([focal_loss(tap, truth) for tap in taps])
-            dice = torch.stack([dice_loss(tap[:, 1], truth) for tap in taps])
-        return TrainingLoss(said.loss + focal.sum() + dice.sum(), said.loss, focal, dice, said.token_accuracy)
+            taps = probabilities.unbind(1)
+            parts = {
+                "focal": sum(focal_loss(tap, truth) for tap in taps),
+                "dice": sum(dice_loss(tap[:, 1], truth) for tap in taps),
+            }
+            if self.comparison is not None and few:
+                found = torch.cat([1 - maps[few], maps[few]], dim=1)  # (f, 2, 224, 224)
+                share = len(few) / len(products)
+                parts["focal few"] = share * focal_loss(found, truth[few])
+                parts["dice few"] = share * dice_loss(found[:, 1], truth[few])
+            if self.abnormal_prompts is not None:
+                parts["triplet"] = triplet_loss(decoded, anchors, truth)
+                parts["matching"] = MATCHING * matching
+        return TrainingLoss(said.loss + sum(parts.values()), said.loss, parts, said.token_accuracy)
 
 
 def choose_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:

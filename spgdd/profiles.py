@@ -29,7 +29,10 @@ class Profile:
     deltas: tuple[Delta, ...]  # in load order: a later file wins
     lora_rank: int  # rank of the LoRA matrices on q, k, v, o, and their alpha
     scales: tuple[int, ...]  # sides of the memory's neighbourhoods, in patches; (1,): AnomalyGPT's
-    focus: bool  # focus tokens (TDDF) after the map tokens; without them the layout is AnomalyGPT's
+    comparison: bool  # the memory's and the words' maps joined by a learned comparison; else AnomalyGPT's few-shot map
+    focus: bool  # focus tokens (TDDF) after the map tokens; without them and the next the layout is AnomalyGPT's
+    memory_tokens: bool  # memory tokens (MSSPMM) after those
+    learned_prompts: bool  # learned abnormal prompts (TDDF) beside the hand-written ones
     prompt_channels: tuple[int, ...]  # of the prompt learner's convolutions
     fit: str  # an image becomes square by "crop" (centre) or "squash" (all of it, out of proportion)
     precision: str  # "auto": half precision on a GPU (spgdd.model.choose_dtype); "float32": always
@@ -37,6 +40,9 @@ class Profile:
     gpu_gb: float  # GPU memory to diagnose one image, estimated from the parameter counts
     licence: str  # of the weights, one line
     notebook: str  # where the files come from, the deltas' apart
+    rotate: bool = False  # normal pictures are remembered in four orientations
+    budget: int | None = None  # entries of a memory per tap and scale; None: all
+    tiles: int = 1  # pictures are seen whole and in tiles x tiles parts; 1: only whole
 
     def files(self) -> dict[str, str]:
         """The files that must be there before loading can start, each with the notebook that provides it."""
@@ -47,7 +53,7 @@ class Profile:
 
 
 MAP_PARTS = ("image_decoder", "prompt_learner")
-SPGDD_PARTS = (*MAP_PARTS, "memory", "focus")
+SPGDD_PARTS = (*MAP_PARTS, "memory", "comparison", "focus", "memory_tokens", "abnormal_prompts")
 LANGUAGE_PARTS = ("language.llama_model", "language.llama_proj")  # of the language model, LoRA alone
 RESEARCH = (
     "non-commercial research only: ImageBind, PandaGPT, AnomalyGPT under CC BY-NC-SA 4.0; "
@@ -85,11 +91,14 @@ _ALL = (
         language="mini/language",
         deltas=(
             Delta("mini/pandagpt_delta.safetensors", LANGUAGE_PARTS, "notebook 00"),
-            Delta("mini/delta.safetensors", (*LANGUAGE_PARTS, *SPGDD_PARTS), "notebook 00"),
+            Delta("mini/delta.safetensors", (*LANGUAGE_PARTS, *MAP_PARTS, "memory", "focus"), "notebook 00"),
         ),
         lora_rank=32,
         scales=(1, 3, 5),
+        comparison=False,
         focus=True,
+        memory_tokens=False,
+        learned_prompts=False,
         prompt_channels=(4, 16, 32, 64, 128),
         fit="squash",
         precision="float32",
@@ -104,7 +113,10 @@ _ALL = (
         Delta("anomalygpt_ckpt/train_mvtec/pytorch_model.pt", MAP_PARTS, "notebook 01"),
         purpose="AnomalyGPT's published weights: a working 7B diagnosis",
         scales=(1,),
+        comparison=False,
         focus=False,
+        memory_tokens=False,
+        learned_prompts=False,
         disk_gb=18.6,
         gpu_gb=17,
     ),
@@ -114,7 +126,10 @@ _ALL = (
         Delta("spgdd_ckpt/7b/delta.safetensors", SPGDD_PARTS, "notebook 05"),
         purpose="the paper's system, trained by you",
         scales=(1, 3, 5),
+        comparison=True,
         focus=True,
+        memory_tokens=True,
+        learned_prompts=True,
         disk_gb=18.9,
         gpu_gb=17,
     ),
@@ -124,7 +139,10 @@ _ALL = (
         Delta("spgdd_ckpt/13b/delta.safetensors", SPGDD_PARTS, "notebook 05"),
         purpose="the paper's system with the larger language model, trained by you",
         scales=(1, 3, 5),
+        comparison=True,
         focus=True,
+        memory_tokens=True,
+        learned_prompts=True,
         disk_gb=31.6,
         gpu_gb=30,
     ),

@@ -14,25 +14,11 @@ from safetensors.torch import load_file
 from conftest import FIXTURES, check
 from spgdd.errors import WeightsError
 from spgdd.imagebind import ImageBindConfig, TextTokenizer, TowerConfig, load_imagebind, preprocess
-from spgdd.selfprompt import (
-    Focus,
-    Memory,
-    MemoryBank,
-    PatchDecoder,
-    PromptLearner,
-    dice_loss,
-    focal_loss,
-    rotations,
-    subsample,
-    text_anchors,
-    zero_shot_map,
-)
-from spgdd.selfprompt.focuser import STATES, enlarge, text_prompts
+from spgdd.selfprompt import Focus, Memory, MemoryBank, PatchDecoder, PromptLearner, rotations, subsample
+from spgdd.selfprompt.focuser import STATES, dice_loss, enlarge, focal_loss, text_prompts, text_vectors, zero_shot_map
 from spgdd.selfprompt.memory import k_centre, nearest
 
-TINY = ImageBindConfig(
-    TowerConfig(64, 4, 4), TowerConfig(48, 2, 4), joint=32, vocab_size=256, taps=(0, 1, 2, 3)
-)
+TINY = ImageBindConfig(TowerConfig(64, 4, 4), TowerConfig(48, 2, 4), joint=32, vocab_size=256, taps=(0, 1, 2, 3))
 TINY_IMAGEBIND = FIXTURES / "tiny_imagebind/state_dict.safetensors"
 FOLDER = FIXTURES / "anomalygpt"
 CONFIG = json.loads((FOLDER / "config.json").read_text())
@@ -93,7 +79,8 @@ def test_anchors_are_the_published_ones_and_unit_vectors():
     for row, product in enumerate(CONFIG["A"]["classes"]):
         sides = {len(OUTPUTS[f"A.tokens_{side}"][row]): OUTPUTS[f"A.tokens_{side}"][row] for side in STATES}
         with torch.no_grad():
-            anchors = text_anchors(text_tower.encode_text, lambda texts: sides[len(texts)], product)  # noqa: B023
+            vectors = text_vectors(text_tower.encode_text, lambda texts: sides[len(texts)], product)  # noqa: B023
+        anchors = torch.stack([F.normalize(side.mean(0), dim=0) for side in vectors])
         check(f"A.text_features {product}", anchors, OUTPUTS["A.text_features"][row], atol=1e-5)
         check(f"A.text_features {product} length", anchors.norm(dim=-1), torch.ones(2), atol=1e-6)
 
@@ -159,8 +146,8 @@ def test_one_scale_with_initial_weights_is_the_published_few_shot_map(query, nor
     bank = memory.build(normal)
     assert torch.equal(bank.tokens[:, 0], normal[0])
     for tap in range(4):
-        index = nearest(F.normalize(query[0, tap], dim=-1), bank.tokens[tap, 0], memory.gates[tap, 0])
-        similarity = F.cosine_similarity(query[0, tap], normal[0, tap][index], dim=-1)
+        _, index = nearest(F.normalize(query[None, :1, tap], dim=-1), F.normalize(bank.tokens[None, tap, 0], dim=-1))
+        similarity = F.cosine_similarity(query[0, tap], normal[0, tap][index[0, 0]], dim=-1)
         check(f"B.sim_noaug layer {tap}", similarity, OUTPUTS["B.sim_noaug_per_layer"][tap], atol=1e-5)
     with torch.no_grad():
         anomaly_map = memory.anomaly_map(query, bank)
@@ -301,8 +288,23 @@ def test_a_bank_survives_saving(tmp_path, trained):
     assert [file.name for file in path.parent.iterdir()] == ["nut.safetensors"]
     again = MemoryBank.load(path, "mini", "ab12")
     assert torch.equal(again.tokens, bank.tokens) and again.tokens.dtype == torch.bfloat16
-    for field in dataclasses.fields(MemoryBank)[1:]:
+    assert torch.equal(again.origin, bank.origin) and again.origin.dtype == torch.int32
+    for field in dataclasses.fields(MemoryBank)[2:]:
         assert getattr(again, field.name) == getattr(bank, field.name), field.name
+
+
+def test_what_is_barred_is_as_if_it_were_not_in_the_bank(trained):
+    memory, patches, normals = trained
+    several = torch.cat([normals, normals.flip(2) + 0.1, patches])
+    bank = memory.build(several, origin=torch.arange(len(several)) // 2)
+    without = torch.arange(len(patches)) % bank.normals
+    barred = bank.origin == without[:, None, None, None]
+    distances, indices = memory.compare(patches, bank.tokens[None], barred)
+    for row, number in enumerate(without):
+        rest = memory.build(several[torch.arange(len(several)) // 2 != number])
+        expected, _ = memory.compare(patches[row : row + 1], rest.tokens[None])
+        check(f"distances without picture {number}", distances[row : row + 1], expected, atol=1e-6)
+    assert not barred.gather(3, indices).any()
 
 
 def test_banks_of_other_models_are_refused(tmp_path, trained):

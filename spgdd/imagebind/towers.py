@@ -244,9 +244,12 @@ class ImageBind(nn.Module):
         embedding, tapped = self._run_tower("vision", pixels, self.config.taps)
         return ImageFeatures(embedding, torch.stack([tokens[:, 1:] for tokens in tapped], dim=1))
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """Token ids (B, 77) -> (B, J), as long as the learned logit scale (as published: not unit length)."""
-        return self._run_tower("text", ids)[0]
+    def encode_text(self, ids: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Token ids (B, 77) -> (B, J), as long as the learned logit scale (as published: not unit length).
+
+        ``tokens`` (B, N, D) take the place of the ids' embeddings, positions included: learned prompts.
+        """
+        return self._run_tower("text", ids, tokens=tokens)[0]
 
     def encode(self, modality: str, inputs: Tensor) -> Tensor:
         """Embedding (B, J) of any modality: unit length for vision, else as long as its logit scale.
@@ -260,13 +263,15 @@ class ImageBind(nn.Module):
         embedding = self._run_tower(modality, inputs.flatten(0, 1))[0]  # (B*clips, J)
         return embedding.unflatten(0, inputs.shape[:2]).mean(1)
 
-    def _run_tower(self, modality: str, inputs: Tensor, taps=()) -> tuple[Tensor, list[Tensor]]:
+    def _run_tower(
+        self, modality: str, inputs: Tensor, taps=(), tokens: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         if modality not in self.modalities:
             raise ValueError(f"only {self.modalities} were built; ask for {modality!r} in `modalities`")
         if inputs.is_floating_point():
             inputs = inputs.to(next(self.parameters()).dtype)
         preprocessor = self.modality_preprocessors[modality]
-        tokens = preprocessor(inputs)
+        tokens = preprocessor(inputs) if tokens is None else tokens
         length = tokens.shape[1]
         mask = preprocessor.mask[:length, :length] if modality == "text" else None
         tokens, tapped = self.modality_trunks[modality](tokens, mask, taps)

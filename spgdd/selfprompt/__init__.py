@@ -1,18 +1,13 @@
 """Self-prompting: maps and prompt tokens made from a product's own normal images and from its name."""
 
-from spgdd.selfprompt.focuser import (
-    Focus,
-    PatchDecoder,
-    dice_loss,
-    focal_loss,
-    text_anchors,
-    zero_shot_map,
-    zero_shot_probabilities,
-)
+from spgdd.selfprompt.abnormal_prompts import AbnormalPrompts
+from spgdd.selfprompt.comparison import Comparison
+from spgdd.selfprompt.focuser import Focus, PatchDecoder
 from spgdd.selfprompt.memory import Memory, MemoryBank, rotations, subsample
 from spgdd.selfprompt.prompt_learner import PromptLearner
+from spgdd.selfprompt.tokens import MemoryTokens
 
 __all__ = [
-    "Focus", "Memory", "MemoryBank", "PatchDecoder", "PromptLearner", "dice_loss", "focal_loss", "rotations",
-    "subsample", "text_anchors", "zero_shot_map", "zero_shot_probabilities",
+    "AbnormalPrompts", "Comparison", "Focus", "Memory", "MemoryBank", "MemoryTokens", "PatchDecoder", "PromptLearner",
+    "rotations", "subsample",
 ]  # fmt: skip

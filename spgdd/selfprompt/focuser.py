@@ -28,15 +28,18 @@ def text_prompts(product: str) -> dict[str, list[str]]:
     }
 
 
-def text_anchors(
+def text_vectors(
     encode_text: Callable[[Tensor], Tensor], tokenizer: Callable[[list[str]], Tensor], product: str
-) -> Tensor:
-    """Unit vectors (2, J) float32, [normal, abnormal]: the mean of each side's sentences, as in AnomalyGPT.
+) -> tuple[Tensor, Tensor]:
+    """Unit vectors float32 of the sentences on a product, normal (14, J) and abnormal (10, J).
 
-    ``tokenizer`` turns n sentences into ids (n, 77), ``encode_text`` ids into vectors (n, J) of equal length.
+    ``tokenizer`` turns n sentences into ids (n, 77), ``encode_text`` ids into vectors (n, J). AnomalyGPT's anchors are
+    the two means, normalised.
     """
-    sides = [encode_text(tokenizer(texts)).float().mean(0) for texts in text_prompts(product).values()]
-    return F.normalize(torch.stack(sides), dim=-1)
+    normal, abnormal = (
+        F.normalize(encode_text(tokenizer(texts)).float(), dim=-1) for texts in text_prompts(product).values()
+    )
+    return normal, abnormal
 
 
 class PatchDecoder(nn.Module):

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from math import isqrt
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from spgdd.errors import WeightsError
 from spgdd.selfprompt.focuser import enlarge
 
-FORMAT = "spgdd-memory-bank-1"
-CODED = ("scales", "normals", "rotate", "calibration")  # fields stored as JSON; the others are text
+FORMAT = "spgdd-memory-bank-2"
+TENSORS = ("tokens", "origin")
+PLAIN = ("product", "profile", "imagebind")
+CODED = ("scales", "normals", "rotate", "calibration")  # stored as JSON
 CHUNK = 2**24  # most values of one temporary tensor of the search: 64 MB in float32
 
 
@@ -25,6 +28,7 @@ class MemoryBank:
     """What a product looks like when nothing is wrong."""
 
     tokens: Tensor  # (L, S, M, D): M entries per tap and scale, before the gates
+    origin: Tensor  # (L, S, M) int32: number of the normal image that each entry is from
     scales: tuple[int, ...]  # S side lengths of the neighbourhoods, in patches
     normals: int  # number of normal images
     rotate: bool = False  # whether each of them is in it at 0, 90, 180 and 270 degrees
@@ -38,17 +42,20 @@ class MemoryBank:
         if not self.profile:
             raise ValueError("this bank does not say which model made it: build it with SPGDD.build_bank")
         path = Path(path)
-        plain = {name: getattr(self, name) for name in ("product", "profile", "imagebind")}
+        plain = {name: getattr(self, name) for name in PLAIN}
         coded = {name: json.dumps(getattr(self, name)) for name in CODED}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        save_file({"tokens": self.tokens.cpu().contiguous()}, partial, {"format": FORMAT, **plain, **coded})
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in TENSORS}
+        save_file(tensors, partial, {"format": FORMAT, **plain, **coded})
         os.replace(partial, path)
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike, profile: str, imagebind: str, device="cpu") -> "MemoryBank":
-        """Read a bank made with that profile and that vision tower (its fingerprint).
+    def load(
+        cls, path: str | os.PathLike, profile: str | None = None, imagebind: str | None = None, device="cpu"
+    ) -> "MemoryBank":
+        """Read a bank; where they are given, it must be of that profile and that vision tower (its fingerprint).
 
         Raises WeightsError if the file is missing or damaged, no bank, or made with another model.
         """
@@ -58,24 +65,25 @@ class MemoryBank:
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                tokens = file.get_tensor("tokens") if metadata.get("format") == FORMAT else None
+                found = {name: file.get_tensor(name) for name in TENSORS if metadata.get("format") == FORMAT}
         except SafetensorError as error:
             raise WeightsError(f"{path} is damaged or no .safetensors file ({error}). {again}") from error
-        if tokens is None:
+        if not found:
             raise WeightsError(f"{path} is no memory bank: format {metadata.get('format')}, not {FORMAT}.")
-        if metadata["profile"] != profile:
+        if profile not in (None, metadata["profile"]):
             raise WeightsError(
                 f"{path} was made with profile {metadata['profile']}, and the loaded model is {profile}. "
                 f"Load the profile {metadata['profile']}, or: {again}"
             )
-        if metadata["imagebind"] != imagebind:
+        if imagebind not in (None, metadata["imagebind"]):
             raise WeightsError(
                 f"{path} was made with other ImageBind weights (fingerprint {metadata['imagebind']}, loaded "
                 f"{imagebind}). {again}"
             )
         coded = {name: json.loads(metadata[name]) for name in CODED}
         coded["scales"] = tuple(coded["scales"])
-        return cls(tokens, product=metadata["product"], profile=profile, imagebind=imagebind, **coded)
+        plain = {name: metadata[name] for name in PLAIN}
+        return cls(**found, **plain, **coded)
 
 
 class Memory(nn.Module):
@@ -93,38 +101,68 @@ class Memory(nn.Module):
         self.fusion = nn.Parameter(torch.zeros(taps, len(self.scales)))
 
     @torch.no_grad()
-    def build(self, patches: Tensor, rotate: bool = False, budget: int | None = None) -> MemoryBank:
-        """Bank of patch tokens (K, L, N, D), in their dtype; at most ``budget`` entries per tap and scale.
+    def build(
+        self, patches: Tensor, rotate: bool = False, budget: int | None = None, origin: Tensor | None = None
+    ) -> MemoryBank:
+        """Bank of patch tokens (V, L, N, D), in their dtype; at most ``budget`` entries per tap and scale.
 
-        With ``rotate`` they are the tokens of ``rotations(images)``, four in a row for each normal image.
+        ``origin`` (V,) is the number of the normal image that each row is a view of; by default each is its own. With
+        ``rotate`` the rows are the tokens of ``rotations(images)``, four in a row for each normal image.
         """
         if rotate and len(patches) % 4:
             raise ValueError(f"rotate=True takes the tokens of rotations(images), 4 each; got {len(patches)}")
-        images, taps, places, width = patches.shape
-        entries = min(budget or images * places, images * places)
-        tokens = patches.new_empty(taps, len(self.scales), entries, width)
-        for tap in range(taps):
-            for index, scale in enumerate(self.scales):
-                every = neighbourhoods(patches[:, tap], scale).flatten(0, 1)  # (K*N, D)
-                tokens[tap, index] = every[k_centre(every, entries)] if entries < len(every) else every
-        return MemoryBank(tokens, self.scales, images // 4 if rotate else images, rotate)
+        if origin is None:
+            origin = torch.arange(len(patches)) // (4 if rotate else 1)
+        tokens = self.tokens(patches)
+        origin = origin.to(tokens.device, torch.int32).repeat_interleave(patches.shape[2]).expand(tokens.shape[:3])
+        bank = MemoryBank(tokens, origin, self.scales, len(origin[0, 0].unique()), rotate)
+        return subsample(bank, budget) if budget else bank
+
+    def tokens(self, patches: Tensor) -> Tensor:
+        """Entries of a bank of every patch: tokens of normal images (..., K, L, N, D) -> (..., L, S, K*N, D)."""
+        scales = [neighbourhoods(patches, scale).to(patches.dtype) for scale in self.scales]
+        return torch.stack(scales, -3).movedim(-5, -3).flatten(-3, -2)  # (..., K, L, S, N, D) -> (..., L, S, K*N, D)
+
+    def compare(self, patches: Tensor, tokens: Tensor, barred: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Patch tokens (B, L, N, D) against the tokens (G, L, S, M, D) of G banks, B / G queries in a row for each.
+
+        Returns the distances (B, L, S, N) float32 to the best entry, 0 to 2, and that entry's index (B, L, S, N).
+        Tokens of the first scales alone are compared at these. ``barred`` (B, L, S, M), True: the query is not compared
+        with this entry.
+        """
+        banks = len(tokens)
+        distances, indices = [], []
+        for number in range(tokens.shape[2]):
+            query = neighbourhoods(patches, self.scales[number])
+            query = query.unflatten(0, (banks, -1)).transpose(1, 2).flatten(0, 1)  # (G*L, B/G, N, D)
+            entries = tokens[:, :, number].flatten(0, 1).to(query.device)  # (G*L, M, D)
+            gate = self.gates[:, number].repeat(banks, 1)  # (G*L, D)
+            masked = barred
+            if barred is not None:
+                masked = barred[:, :, number].unflatten(0, (banks, -1)).transpose(1, 2).flatten(0, 1)
+            for values, found in zip(closest(query, entries, gate, masked), (distances, indices), strict=True):
+                found.append(values.unflatten(0, (banks, -1)).transpose(1, 2).flatten(0, 1))  # (B, L, N)
+        return torch.stack(distances, 2), torch.stack(indices, 2)
+
+    def fuse(self, distances: Tensor) -> Tensor:
+        """A_mem on the patch grid: distances (..., L, S, N) -> (..., N)."""
+        weights = self.fusion.flatten().softmax(0).view_as(self.fusion)
+        return (distances * weights[..., None]).sum((-3, -2))
 
     def anomaly_map(self, patches: Tensor, bank: MemoryBank) -> Tensor:
         """Anomaly map (B, 1, 224, 224) float32 of tokens (B, L, N, D): 0 as in the memory, at most 2."""
+        self.require_scales(bank)
+        return enlarge(on_grid(self.fuse(self.compare(patches, bank.tokens[None])[0]))[:, None])
+
+    def require_scales(self, bank: MemoryBank) -> None:
         if bank.scales != self.scales:
             raise WeightsError(f"the bank has scales {bank.scales}, the model {self.scales}: build it again.")
-        images, _, places, _ = patches.shape
-        weights = self.fusion.flatten().softmax(0).view_as(self.fusion)
-        fused = torch.zeros(images * places, device=patches.device)
-        for tap, gates in enumerate(self.gates):
-            for index, gate in enumerate(gates):
-                query = neighbourhoods(patches[:, tap], self.scales[index]).flatten(0, 1)  # (B*N, D)
-                query = F.normalize(query * gate, dim=-1)
-                tokens = bank.tokens[tap, index].to(patches.device)
-                match = F.normalize(tokens[nearest(query, tokens, gate)].float() * gate, dim=-1)
-                fused = fused + weights[tap, index] * (1 - (query * match).sum(-1))
-        grid = isqrt(places)
-        return enlarge(fused.view(images, 1, grid, grid))  # (B*N,) -> (B, 1, G, G) -> (B, 1, 224, 224)
+
+
+def on_grid(values: Tensor) -> Tensor:
+    """Values of patches (..., N) -> (..., G, G), row by row."""
+    grid = isqrt(values.shape[-1])
+    return values.unflatten(-1, (grid, grid))
 
 
 def rotations(images: Tensor) -> Tensor:
@@ -133,29 +171,57 @@ def rotations(images: Tensor) -> Tensor:
 
 
 def neighbourhoods(patches: Tensor, scale: int) -> Tensor:
-    """Patch tokens (B, N, D) -> float32 means over scale x scale patches; at the edge, of those there are."""
-    grid = isqrt(patches.shape[1])
-    maps = patches.float().transpose(1, 2).unflatten(2, (grid, grid))  # (B, D, G, G)
-    pooled = F.avg_pool2d(maps, scale, stride=1, padding=scale // 2, count_include_pad=False)
-    return pooled.flatten(2).transpose(1, 2)  # (B, N, D)
+    """Patch tokens (..., N, D) -> float32 means over scale x scale patches; at the edge, of those there are."""
+    if scale == 1:
+        return patches.float()
+    grid = isqrt(patches.shape[-2])
+    means = averaging(grid, scale, patches.device)  # the same for rows and columns of the square
+    rows = means @ patches.float().unflatten(-2, (grid, grid)).flatten(-2)  # (..., G, G*D)
+    return (means @ rows.unflatten(-1, (grid, -1))).flatten(-3, -2)  # (..., G, G, D) -> (..., N, D)
+
+
+@cache
+def averaging(grid: int, scale: int, device: torch.device) -> Tensor:
+    """Matrix (G, G) whose row averages the places within ``scale`` around each place of a line of G."""
+    with torch.inference_mode(False):
+        places = torch.arange(grid, device=device)
+        near = (places[:, None] - places).abs() <= scale // 2
+        return F.normalize(near.float(), p=1, dim=1)
+
+
+def closest(query: Tensor, entries: Tensor, gate: Tensor, barred: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gated cosine distance of tokens (G, B, N, D) to the best of entries (G, M, D), and its index, (G, B, N) each.
+
+    ``gate`` (G, D); ``barred`` as in ``nearest``.
+    """
+    query = F.normalize(query.float() * gate[:, None, None], dim=-1)
+    units = F.normalize(entries.float() * gate[:, None], dim=-1)
+    best, index = nearest(query, units, barred)
+    if torch.is_grad_enabled():  # the search is without gradient: the winners once more
+        winners = units.gather(1, index.flatten(1)[..., None].expand(-1, -1, units.shape[-1]))
+        best = (query * winners.view_as(query)).sum(-1)
+    return 1 - best, index
 
 
 @torch.no_grad()
-def nearest(query: Tensor, tokens: Tensor, gate: Tensor) -> Tensor:
-    """Index (Q,) of the entry of ``tokens`` (M, D) with the best gated cosine to each unit vector (Q, D).
+def nearest(query: Tensor, entries: Tensor, barred: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The best cosine similarity of unit vectors (G, B, N, D) to entries (G, M, D), and its index, (G, B, N) each.
 
-    The search goes through the entries in chunks and keeps no (Q, M) tensor; whoever needs a gradient
-    computes the similarity of the winners anew.
+    ``barred`` (G, B, M), True: not to be found. The search goes through the entries in chunks.
     """
-    best = torch.full((len(query),), -torch.inf, device=query.device)
-    index = torch.zeros(len(query), dtype=torch.long, device=query.device)
-    step = max(1, CHUNK // max(query.shape))
-    for start in range(0, len(tokens), step):
-        entries = F.normalize(tokens[start : start + step].float() * gate, dim=-1)
-        value, place = (query @ entries.T).max(dim=1)
+    groups, images, places, _ = query.shape
+    best = query.new_full((groups, images, places), -torch.inf)
+    index = torch.zeros_like(best, dtype=torch.long)
+    step = max(1, CHUNK // best.numel())
+    for start in range(0, entries.shape[1], step):
+        chunk = entries[:, start : start + step].transpose(1, 2)
+        similarity = (query.flatten(1, 2) @ chunk).unflatten(1, (images, places))  # (G, B, N, step)
+        if barred is not None:
+            similarity.masked_fill_(barred[:, :, None, start : start + step], -torch.inf)
+        value, place = similarity.max(dim=-1)
         better = value > best
         best, index = torch.where(better, value, best), torch.where(better, place + start, index)
-    return index
+    return best, index
 
 
 @torch.no_grad()
@@ -179,6 +245,8 @@ def k_centre(tokens: Tensor, budget: int) -> Tensor:
 
 def subsample(bank: MemoryBank, budget: int) -> MemoryBank:
     """The bank with at most ``budget`` entries per tap and scale, chosen by ``k_centre``."""
-    budget = min(budget, bank.tokens.shape[2])
-    taps = [torch.stack([tokens[k_centre(tokens, budget)] for tokens in scales]) for scales in bank.tokens]
-    return replace(bank, tokens=torch.stack(taps))
+    if budget >= bank.tokens.shape[2]:
+        return bank
+    chosen = torch.stack([torch.stack([k_centre(tokens, budget) for tokens in scales]) for scales in bank.tokens])
+    tokens = bank.tokens.gather(2, chosen[..., None].expand(-1, -1, -1, bank.tokens.shape[3]))
+    return replace(bank, tokens=tokens, origin=bank.origin.gather(2, chosen))

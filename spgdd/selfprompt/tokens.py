@@ -1,0 +1,68 @@
+"""Memory tokens of the MSSPMM: what the language model is told about the comparison with normal images."""
+
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CELLS = 3  # side of the grid of places that answers speak of: "top left" to "bottom right"
+SPREAD = 0.02  # standard deviation of LLaMA's token embeddings, and of these tokens before training
+
+
+class MemoryTokens(nn.Module):
+    """T tokens on the most anomalous patches, most anomalous first, then C on the bank as a whole.
+
+    A token is a learned base, plus what it reports where there is a bank; without one the base alone says so. Both
+    kinds look at the last tap, whose differences tell kinds of defects apart better than those of all taps together.
+
+    (i) A patch's token reports the patch less its nearest entry. They are standardised before the subtraction and not
+    after: a patch as in the bank reports nothing. It always carries its place, between learned vectors of 3x3 cells.
+    (ii) A context token is a learned query that attends over the entries (multi-head attention, no biases).
+    """
+
+    def __init__(self, width: int, hidden: int, worst: int = 4, context: int = 4, heads: int = 4):
+        super().__init__()
+        self.worst, self.heads = worst, heads
+        self.base = nn.Parameter(torch.randn(worst + context, hidden) * SPREAD)
+        self.places = nn.Parameter(torch.randn(hidden, CELLS, CELLS) * SPREAD)
+        self.difference = nn.Linear(width, hidden, bias=False)
+        self.queries = nn.Parameter(torch.randn(context, width))
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.context = nn.Linear(width, hidden, bias=False)
+        for layer in (self.difference, self.context):  # standardised inputs come out with about the spread of the base
+            nn.init.normal_(layer.weight, std=SPREAD / width**0.5)
+
+    def forward(
+        self, patches: Tensor, anomaly_map: Tensor, entries: Tensor | None = None, nearest: Tensor | None = None
+    ) -> Tensor:
+        """Patch tokens (B, L, N, D) and their map (B, 1, 224, 224) -> (B, T + C, H) float32.
+
+        ``entries`` (G, M, D) of G banks at the last tap, B / G images in a row for each; ``nearest`` (B, N) says which
+        entry is the closest to each patch. The order of the entries does not matter. None: no bank.
+        """
+        patches, grid = patches[:, -1], isqrt(patches.shape[2])
+        scores = F.adaptive_avg_pool2d(anomaly_map.float(), grid).flatten(1)  # (B, 1, 224, 224) -> (B, N)
+        worst = scores.topk(self.worst, dim=1).indices  # (B, T)
+        places = F.interpolate(self.places[None], (grid, grid), mode="bilinear")[0]  # (H, 3, 3) -> (H, G, G)
+        strange = self.base[: self.worst] + places.flatten(1).T[worst]  # (B, T, H)
+        usual = self.base[self.worst :].expand(len(patches), -1, -1)  # (B, C, H)
+        if entries is not None:
+            turns = len(patches) // len(entries)  # images of a bank
+            images = torch.arange(len(patches), device=patches.device)[:, None]
+            match = entries[images // turns, nearest.gather(1, worst)]  # (B, T, D)
+            strange = strange + self.difference(standardise(patches[images, worst]) - standardise(match))
+            usual = usual + self.context(self.attend(entries)).repeat_interleave(turns, dim=0)
+        return torch.cat([strange, usual], dim=1)
+
+    def attend(self, entries: Tensor) -> Tensor:
+        """What the queries find in each bank, before the projection to H: (G, M, D) -> (G, C, D)."""
+        queries = self.queries.expand(len(entries), -1, -1)
+        parts = (queries, *self.key_value(standardise(entries)).chunk(2, dim=-1))
+        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # each (G, heads, ., D/heads)
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+def standardise(tokens: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the channels, float32."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:])
