@@ -35,7 +35,10 @@ class Batch(NamedTuple):
 
 
 class Pool:
-    """``groups`` products of the given families. ``renew(n)`` draws n more in place of the oldest."""
+    """``groups`` products of the given families. ``renew(n)`` draws n more in place of the oldest.
+
+    On a GPU they are drawn beside whatever the device is doing, and take their places when that is done.
+    """
 
     def __init__(self, groups: int, device, seed: int, families=TRAIN_FAMILIES, types=TRAIN_TYPES, size: int = 224):
         self.families, self.device, self.size = families, device, size
@@ -46,12 +49,31 @@ class Pool:
         self.types = torch.zeros(groups, GROUP, dtype=torch.long, device=device)
         self.single = torch.zeros(groups, GROUP, dtype=torch.bool, device=device)
         self.family = torch.zeros(groups, dtype=torch.long, device=device)
-        self.next = 0
+        self.next, self.turn = 0, []
+        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
+        self.plain = torch.arange(3, device=device)
+        self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()
     def renew(self, count: int) -> None:
-        """Draw ``count`` products of one family, all families in turn."""
-        name = self.families[torch.randint(len(self.families), (1,), generator=self.generator).item()]
+        """Draw ``count`` products of one family; all families come equally often, in changing order."""
+        if not self.turn:
+            self.turn = torch.randperm(len(self.families), generator=self.generator).tolist()
+        name = self.families[self.turn.pop()]
+        with torch.cuda.stream(self.beside):  # without a GPU this does nothing
+            drawn = self.draw(name, count)
+        if self.beside:
+            torch.cuda.current_stream().wait_stream(self.beside)
+            for value in drawn:
+                value.record_stream(torch.cuda.current_stream())
+        at = torch.arange(self.next, self.next + count, device=self.device) % len(self.images)
+        self.next = (self.next + count) % len(self.images)
+        for kept, value in zip((self.images, self.coverage, self.types, self.single), drawn, strict=True):
+            kept[at] = value.unflatten(0, (count, GROUP))
+        self.family[at] = list(FAMILIES).index(name)
+
+    def draw(self, name: str, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images, coverage, types, and whether there is a single defect, of ``count`` * GROUP photographs."""
         seeds = torch.randint(2**31, (count, 1 + GROUP), generator=self.generator)
         kinds = self.kinds[name][torch.randint(len(self.kinds[name]), (count, GROUP), generator=self.generator)]
         kinds[:, :2] = -1
@@ -62,15 +84,8 @@ class Pool:
             kinds.flatten().to(self.device),
             self.size,
         )
-        at = torch.arange(self.next, self.next + count, device=self.device) % len(self.images)
-        self.next = (self.next + count) % len(self.images)
-        self.images[at] = shots.images.unflatten(0, (count, GROUP))
-        patch = self.size // 16
-        covered = F.avg_pool2d(shots.masks.any(1).float()[:, None], patch)[:, 0]  # (count * 4, 16, 16)
-        self.coverage[at] = covered.unflatten(0, (count, GROUP)).half()
-        self.types[at] = shots.types.unflatten(0, (count, GROUP))
-        self.single[at] = (shots.masks.flatten(2).any(2).sum(1) == 1).unflatten(0, (count, GROUP))
-        self.family[at] = list(FAMILIES).index(name)
+        coverage = F.avg_pool2d(shots.masks.any(1).float()[:, None], self.size // 16)[:, 0].half()  # (B, 16, 16)
+        return shots.images, coverage, shots.types, shots.masks.flatten(2).any(2).sum(1) == 1
 
     def batch(self, groups: int) -> Batch:
         """Groups at random: each turned and flipped as a whole, recoloured as a whole, disturbed one by one."""
@@ -87,7 +102,7 @@ class Pool:
             return low + (high - low) * torch.rand(*shape, 1, 1, 1, device=self.device)
 
         order = torch.rand(groups, 3, device=self.device).argsort(1)
-        order = torch.where(dice(groups, 1)[..., 0, 0, 0] < 0.3, order, torch.arange(3, device=self.device))
+        order = torch.where(dice(groups, 1)[..., 0, 0, 0] < 0.3, order, self.plain)
         x = x.gather(2, order[:, None, :, None, None].expand_as(x))
         x = torch.where(dice(groups, 1) < 0.1, 1 - x, x)
         coarse = F.interpolate(F.avg_pool2d(x.flatten(0, 1), 2), scale_factor=2, mode="bilinear").view_as(x)
@@ -95,8 +110,7 @@ class Pool:
         contrast = dice(groups, 1, low=0.6, high=1.3) * dice(groups, GROUP, low=0.95, high=1.05)
         x = (x - 0.5) * contrast + 0.5 + dice(groups, 1, low=-0.1, high=0.1) + dice(groups, GROUP, low=-0.03, high=0.03)
         x = (x + torch.randn_like(x) * 0.03 * dice(groups, 1) ** 2).clamp(0, 1)
-        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (MEAN, STD))
         area, across, down = measure(coverage).unbind(-1)
         cells = (across > 1 / 3).long() + (across > 2 / 3) + 3 * ((down > 1 / 3).long() + (down > 2 / 3))
         cells = torch.where(self.single[pick] & (area > 0), cells, -1)
-        return Batch((x - mean) / std, coverage, self.types[pick], cells, self.family[pick])
+        return Batch((x - self.mean) / self.std, coverage, self.types[pick], cells, self.family[pick])

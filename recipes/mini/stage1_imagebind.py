@@ -2,10 +2,11 @@
 
     python recipes/mini/stage1_imagebind.py --out runs/mini
 
-Four losses share one forward pass of the vision tower:
+Five losses share one forward pass of the vision tower:
   memory    the distance of a patch to the nearest patch of another photograph of the same product, gated and fused as
             the self-prompted memory does it, must say which patches are defective, and whether the picture is;
   text map  decoded patches against sentences about a normal and a damaged product (the zero-shot map), as AnomalyGPT;
+  joined    the learned comparison of both must say so better than either;
   dense     decoded defective patches against the names of the defect types;
   contrast  whole pictures against their captions, as CLIP and ImageBind.
 """
@@ -14,18 +15,22 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pool import Pool
+from pool import TRAIN_FAMILIES, TRAIN_TYPES, Pool
 from safetensors.torch import save_file
 from texts import CAPTIONS, NAMES, OTHERS, PHRASES, TextBank, build_tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spgdd.imagebind import MINI, ImageBind
-from spgdd.selfprompt.focuser import TEMPERATURE, PatchDecoder
+from spgdd.selfprompt import memory
+from spgdd.selfprompt.comparison import Comparison, word_evidence
+from spgdd.selfprompt.focuser import PatchDecoder
 from spgdd.selfprompt.memory import Memory
 
 SCALES = (1, 3, 5)
@@ -39,43 +44,11 @@ class Trainee(nn.Module):
         self.imagebind = ImageBind(MINI)
         self.image_decoder = PatchDecoder(MINI.vision.width, MINI.joint, len(MINI.taps))
         self.memory = Memory(len(MINI.taps), MINI.vision.width, SCALES)
+        self.comparison = Comparison(len(MINI.taps), len(SCALES))
         self.steepness, self.threshold = nn.Parameter(torch.tensor(12.0)), nn.Parameter(torch.tensor(0.35))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         return F.normalize(self.imagebind.encode_text(ids).float(), dim=-1)
-
-
-def neighbourhood_means(grid: int, scale: int, device) -> Tensor:
-    """(N, N) matrix that averages each patch of a grid with its ``scale`` x ``scale`` neighbourhood."""
-    row, column = torch.meshgrid(*[torch.arange(grid, device=device)] * 2, indexing="ij")
-    near = [(v.flatten()[:, None] - v.flatten()).abs() <= scale // 2 for v in (row, column)]
-    return F.normalize((near[0] & near[1]).float(), p=1, dim=1)
-
-
-def memory_distances(memory: Memory, query: Tensor, normal: Tensor) -> Tensor:
-    """(G, T, L, S, N): distance of each patch of ``query`` (G, T, L, N, D) to the nearest patch of the same product's
-    ``normal`` (G, K, L, N, D)."""
-    groups, tests, _, places, _ = query.shape
-    both = torch.cat([query, normal], 1)  # (G, T + K, L, N, D)
-    rows = []
-    for scale in memory.scales:
-        means = neighbourhood_means(16, scale, query.device).to(query.dtype)
-        tokens = both if scale == 1 else means @ both
-        for tap, gate in enumerate(memory.gates[:, memory.scales.index(scale)]):
-            units = F.normalize(tokens[:, :, tap].float() * gate, dim=-1).to(query.dtype)
-            q, m = (
-                units[:, :tests].flatten(1, 2),
-                units[:, tests:].flatten(1, 2),
-            )  # (G, T * N, D), (G, K * N, D)
-            rows.append(1 - (q @ m.transpose(1, 2)).amax(-1).float().unflatten(1, (tests, places)))
-    return torch.stack(rows, 2).unflatten(2, memory.gates.shape[1::-1]).transpose(2, 3)  # (G, T, S, L, N) -> L, S
-
-
-def text_map_logits(decoded: Tensor, anchors: Tensor) -> Tensor:
-    """(B, L, N): log-odds of abnormal for decoded tokens (B, L, N, J) and unit anchors (B, 2, J)."""
-    difference = (anchors[:, 1] - anchors[:, 0]).to(decoded.dtype)[:, None, :, None]  # (B, 1, J, 1)
-    length = torch.linalg.vector_norm(decoded, dim=-1, dtype=torch.float32)
-    return (decoded @ difference)[..., 0].float() / length / TEMPERATURE
 
 
 def map_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -102,33 +75,47 @@ def losses(model: Trainee, batch, bank: TextBank, few: bool) -> tuple[dict[str, 
     target, weight = (covered > 0.03).float(), ((covered > 0.03) | (covered == 0)).float()
     bad = (batch.types >= 0).float()  # (G, 4)
 
-    # memory: the damaged pictures, and the second good one, against the first good one; or the damaged against both
-    normal, tests = (patches[:, :2], (2, 3)) if few else (patches[:, :1], (1, 2, 3))
-    distances = memory_distances(model.memory, patches[:, tests], normal)  # (G, T, L, S, N)
-    fusion = model.memory.fusion.flatten().softmax(0).view(*model.memory.fusion.shape, 1)
-    fused = model.steepness * ((distances * fusion).sum((2, 3)) - model.threshold)  # (G, T, N)
-    single = model.steepness * (distances[:, :, :, 0] - model.threshold)  # (G, T, L, N): each tap must be of use
-    t, w, b = target[:, tests], weight[:, tests], bad[:, tests]
-    alone = map_loss(single, t[:, :, None].expand_as(single), w[:, :, None].expand_as(single))
+    # text map: one of the family's names, two normal and two damaged sentences
+    name = torch.randint(NAMES + OTHERS, (len(bank.anchors),), device=device)
+    chosen = torch.cat([torch.rand(n, device=device).topk(2).indices + start for n, start in ((14, 0), (10, 14))])
+    anchors = bank.anchors[torch.arange(len(name), device=device), name][:, chosen]  # (F, 4, LENGTH)
+    anchors = model.encode_text(anchors.flatten(0, 1)).unflatten(0, (-1, 2, 2)).mean(2)  # (F, 2, J)
+    anchors = F.normalize(anchors, dim=-1)[batch.families].repeat_interleave(4, 0)  # (G * 4, 2, J)
+    decoded = model.image_decoder(patches.flatten(0, 1))  # (G * 4, L, N, J)
+    text = word_evidence(decoded, anchors)  # (G * 4, L, N)
+    clamped = text.clamp(-15, 15)
+    t, w = (v.flatten(0, 1)[:, None].expand_as(text) for v in (target, weight))
     out = {
-        "memory": map_loss(fused, t, w) + 0.3 * alone,
-        "memory picture": F.binary_cross_entropy_with_logits(picture_logit(fused), b),
+        "text map": map_loss(clamped, t, w),
+        "text picture": F.binary_cross_entropy_with_logits(picture_logit(clamped.mean(1)), bad.flatten()),
     }
 
-    # text map: one of the family's names, two normal and two damaged sentences
-    families, row = batch.families.unique(return_inverse=True)
-    name = torch.randint(NAMES + OTHERS, (len(families),), device=device)
-    chosen = torch.cat([torch.randperm(14)[:2], 14 + torch.randperm(10)[:2]]).to(device)
-    anchors = model.encode_text(bank.anchors[families, name][:, chosen].flatten(0, 1))  # (f * 4, J)
-    anchors = F.normalize(anchors.unflatten(0, (-1, 2, 2)).mean(2), dim=-1)[row].repeat_interleave(4, 0)
-    decoded = model.image_decoder(patches.flatten(0, 1))  # (G * 4, L, N, J)
-    text = text_map_logits(decoded, anchors).clamp(-15, 15)  # (G * 4, L, N)
-    t, w = (v.flatten(0, 1)[:, None].expand_as(text) for v in (target, weight))
-    out["text map"] = map_loss(text, t, w)
-    out["text picture"] = F.binary_cross_entropy_with_logits(picture_logit(text.mean(1)), bad.flatten())
+    # memory: the damaged pictures, and the second good one, against the first good one; or the damaged against both
+    normal, tests = (slice(0, 2), slice(2, 4)) if few else (slice(0, 1), slice(1, 4))
+    queries = patches[:, tests].flatten(0, 1)  # (G * T, L, N, D)
+    distances, index = model.memory.compare(queries, model.memory.tokens(patches[:, normal]))
+    fused = model.memory.fuse(distances)  # (G * T, N)
+    t, w, b = (value[:, tests].flatten(0, 1) for value in (target, weight, bad))
+    logits = model.steepness * (fused - model.threshold)
+    single = model.steepness * (distances[:, :, 0] - model.threshold)  # (G * T, L, N): each tap must be of use
+    alone = map_loss(single, t[:, None].expand_as(single), w[:, None].expand_as(single))
+    out |= {
+        "memory": map_loss(logits, t, w) + 0.3 * alone,
+        "memory picture": F.binary_cross_entropy_with_logits(picture_logit(logits), b),
+    }
+
+    # joined: the words' evidence of the query and of what the memory takes it for
+    text = text.unflatten(0, (groups, 4))  # (G, 4, L, N)
+    known = text[:, normal].transpose(1, 2).flatten(2).repeat_interleave(t.shape[0] // groups, 0)  # (G * T, L, K * N)
+    expected = known.gather(2, index[:, :, 0])
+    joined = model.comparison(distances, fused, text[:, tests].flatten(0, 1), expected)
+    out |= {
+        "joined": map_loss(joined, t, w),
+        "joined picture": F.binary_cross_entropy_with_logits(picture_logit(joined), b),
+    }
 
     # dense: defective patches of the two last taps against the types' names
-    phrases = model.encode_text(bank.phrases[:, torch.randint(PHRASES, (1,)).item()])  # (19, J)
+    phrases = model.encode_text(bank.phrases[:, torch.randint(PHRASES, (1,), device=device)][:, 0])  # (19, J)
     inside = (covered > 0.25).flatten()  # (G * 4 * N)
     order = (inside + torch.rand(len(inside), device=device)).topk(8 * groups).indices  # defective ones first
     vectors = decoded[:, -2:].transpose(1, 2).flatten(0, 1)[order]  # (n, 2, J)
@@ -156,32 +143,63 @@ def losses(model: Trainee, batch, bank: TextBank, few: bool) -> tuple[dict[str, 
     with torch.no_grad():
         hits = {
             "type accuracy": ((vectors @ phrases.T).argmax(-1) == kinds).float().mean(),
-            "memory accuracy": ((picture_logit(fused) > 0).float() == b).float().mean(),
-            "text accuracy": ((picture_logit(text.mean(1)) > 0).flatten().float() == bad.flatten()).float().mean(),
+            "memory accuracy": ((picture_logit(logits) > 0).float() == b).float().mean(),
+            "text accuracy": ((picture_logit(clamped.mean(1)) > 0).float() == bad.flatten()).float().mean(),
+            "joined accuracy": ((picture_logit(joined) > 0).float() == b).float().mean(),
         }
     return out, hits
 
 
 WEIGHTS = {
-    "memory": 1.0,
-    "memory picture": 0.5,
+    "memory": 0.5,
+    "memory picture": 0.25,
     "text map": 0.5,
     "text picture": 0.25,
+    "joined": 1.0,
+    "joined picture": 0.5,
     "dense": 0.25,
     "contrast": 0.25,
 }
+AVERAGED = 4  # steps between updates of the averaged weights
+
+
+class Step:
+    """One training step; on a GPU recorded once and replayed, as launching its kernels one by one takes longer."""
+
+    def __init__(self, run: Callable[[], dict[str, Tensor]], device: torch.device):
+        self.run, self.graph = run, None
+        if device.type == "cuda":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.values = run()
+
+    def __call__(self) -> dict[str, Tensor]:
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.values
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0, help="training time; the schedule follows the clock")
+    parser.add_argument("--steps", type=int, default=11500)
+    parser.add_argument("--pause", type=float, default=math.inf, help="minutes to stop after; the same command resumes")
     parser.add_argument("--groups", type=int, default=128, help="products a step; four photographs of each")
-    parser.add_argument("--pool", type=int, default=16384, help="products kept on the device (0.6 MB each)")
-    parser.add_argument("--renew", type=int, default=384, help="products drawn anew every eighth step")
+    parser.add_argument("--pool", type=int, default=24576, help="products kept on the device (0.6 MB each)")
+    parser.add_argument("--renew", type=int, default=768, help="products drawn at a time")
+    parser.add_argument("--every", type=int, default=12, help="steps between drawings")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--families", type=int, default=len(TRAIN_FAMILIES), help="use the first so many (ablation)")
+    parser.add_argument("--types", type=int, default=len(TRAIN_TYPES), help="use the first so many (ablation)")
+    parser.add_argument("--without", nargs="*", default=[], choices=WEIGHTS, help="leave losses out (ablation)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -190,56 +208,82 @@ def main() -> None:
 
     bank = TextBank(build_tokenizer(args.out / "text_tokenizer", MINI.vocab_size), device)
     model = Trainee().to(device)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    if not args.no_compile:
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999**AVERAGED)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema)
+    if device.type == "cuda":
         model.imagebind.modality_trunks["vision"].compile()
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+        memory.closest = torch.compile(memory.closest, dynamic=False)
+    rate = torch.tensor(args.lr, device=device)
     optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=args.lr,
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=rate,
         betas=(0.9, 0.98),
         fused=device.type == "cuda",
+        capturable=device.type == "cuda",
     )
 
-    started = time.perf_counter()
-    pool = Pool(args.pool, device, args.seed)
-    for _ in tqdm(range(args.pool // 512 + 1), desc="first photographs"):
-        pool.renew(min(512, args.pool))
-    print(f"pool filled in {time.perf_counter() - started:.0f} s")
-    started, step, log = time.perf_counter(), 0, (args.out / "stage1.jsonl").open("w")
-    bar = tqdm(total=100, desc="stage 1", bar_format="{desc} {percentage:3.0f}% {postfix}")
-    while (done := (time.perf_counter() - started) / (60 * args.minutes)) < 1:
+    resumable, start = args.out / "stage1.pt", 0
+    if resumable.exists():
+        saved = torch.load(resumable, map_location=device, weights_only=True)
+        for name, part in (("model", model), ("average", average), ("optimiser", optimiser)):
+            part.load_state_dict(saved[name])
         for group in optimiser.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        if step % 8 == 0:
-            pool.renew(args.renew)
+            group["lr"] = rate
+        start = saved["step"]
+        print(f"going on after step {start}")
+    started = time.perf_counter()
+    pool = Pool(args.pool, device, args.seed + start, TRAIN_FAMILIES[: args.families], TRAIN_TYPES[: args.types])
+    for _ in tqdm(range(args.pool // args.renew + 1), desc="first photographs"):
+        pool.renew(args.renew)
+    print(f"pool filled in {time.perf_counter() - started:.0f} s")
+
+    def run(few: bool) -> dict[str, Tensor]:
         batch = pool.batch(args.groups)
-        with torch.autocast(device.type, torch.bfloat16):
-            parts, hits = losses(model, batch, bank, few=step % 2 == 1)
-            loss = sum(WEIGHTS[name] * value for name, value in parts.items())
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            parts, hits = losses(model, batch, bank, few)
+            loss = sum(WEIGHTS[name] * value for name, value in parts.items() if name not in args.without)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        average.update_parameters(model)
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in (parts | hits).items()}}
+
+    def keep(done: int) -> None:
+        parts = {"model": model, "average": average, "optimiser": optimiser}
+        partial_file = resumable.with_suffix(".partial")
+        torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": done}, partial_file)
+        partial_file.replace(resumable)
+
+    rate.fill_(0)  # what is recorded does not train yet
+    steps = [Step(partial(run, few), device) for few in (False, True)]
+    print(f"ready after {time.perf_counter() - started:.0f} s")
+    started, log = time.perf_counter(), (args.out / "stage1.jsonl").open("a")
+    bar = tqdm(range(start, args.steps), desc="stage 1", initial=start, total=args.steps, mininterval=5)
+    step = start - 1
+    for step in bar:
+        warm, done = min(1, (step + 1) / 300), step / args.steps
+        rate.fill_(args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))))
+        values = steps[step % 2]()
+        if step % args.every == 0:
+            pool.renew(args.renew)
+        if step % AVERAGED == 0:
+            average.update_parameters(model)
         if step % 50 == 0:
-            values = {k: round(v.item(), 4) for k, v in (parts | hits).items()}
-            if not math.isfinite(loss.item()):
-                raise SystemExit(f"the loss is {loss.item()} at step {step}: {values}")
-            print(
-                json.dumps({"step": step, "minutes": round((time.perf_counter() - started) / 60, 2), **values}),
-                file=log,
-                flush=True,
-            )
-            bar.set_postfix_str(f"step {step} loss {loss.item():.3f} {values}", refresh=step % 500 == 0)
-            bar.update(100 * done - bar.n)
-        step += 1
+            values = {name: round(value.item(), 4) for name, value in values.items()}
+            minutes = round((time.perf_counter() - started) / 60, 2)
+            if not math.isfinite(values["loss"]):
+                raise SystemExit(f"the loss is not finite at step {step}: {values}")
+            print(json.dumps({"step": step, "minutes": minutes, **values}), file=log, flush=True)
+            if minutes > args.pause:
+                break
+        if step % 1000 == 999:
+            keep(step + 1)
+    keep(step + 1)
     state = average.module.state_dict()
-    print(
-        f"{step} steps, {step * args.groups * 4:,} photographs seen; threshold {state['threshold'].item():.3f}, "
-        f"steepness {state['steepness'].item():.2f}, fusion {state['memory.fusion'].flatten().softmax(0).tolist()}"
-    )
+    print(f"{step + 1} steps, {(step + 1) * args.groups * 4:,} photographs shown")
     state = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
     prefix = "imagebind."
     save_file(

@@ -4,37 +4,37 @@ python recipes/mini/stage3_align.py --out runs/mini
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
-from talk import bare_model, look, train, verdict_accuracy
+from talk import bare_model, data, drawn
 
+from spgdd.model import SPGDD, TrainingLoss
+from spgdd.training.loop import train
+from spgdd.training.settings import load_settings
 from spgdd.weights.delta import save_delta
+
+
+def language_loss(model: SPGDD, features, products, conversations, masks=None, normals=None, max_length=1024):
+    """In place of ``SPGDD.training_loss``: no map, no prompt tokens."""
+    said = model.language.forward_loss(features.embedding, conversations, max_length=max_length)
+    return TrainingLoss(said.loss, said.loss, {}, said.token_accuracy)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=0.8)
-    parser.add_argument("--products", type=int, default=3000)
+    parser.add_argument("--products", type=int, default=2000, help="eight pictures each")
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=128)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = bare_model(args.out, device)
-    talk = look(model, args.products, seed=100)
-    with (args.out / "stage3.jsonl").open("w") as log:
-        train(
-            model,
-            talk,
-            [model.language.llama_proj],
-            args.minutes,
-            tokens=False,
-            lr=1e-3,
-            batch=args.batch,
-            seed=3,
-            log=log,
-        )
-    print(f"verdict right on training families: {verdict_accuracy(model, talk, 200, tokens=False)[0]:.3f}")
+    torch.manual_seed(3)
+    model = bare_model(args.out)
+    model.training_loss = partial(language_loss, model)
+    pictures = data(model, drawn(args.out / "world3", args.products, 3), shots=(0,))
+    settings = load_settings(Path(__file__).with_name("language.yaml"), steps=args.steps, batch=args.batch)
+    train(model, pictures, settings, args.out / "stage3", resume=True)
     save_delta(model.language, args.out / "pandagpt_delta.safetensors", {"stage": "PandaGPT-like alignment"})
 
 

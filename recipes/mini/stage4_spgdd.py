@@ -1,51 +1,34 @@
-"""Teach the mini model to read the anomaly map: LoRA, projection, prompt learner and focus tokens together.
+"""Train all that is SPGDD's own on the mini world, from stage 3 on: what notebook 05 does, longer.
 
 python recipes/mini/stage4_spgdd.py --out runs/mini
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
-from pool import TRAIN_TYPES
-from talk import bare_model, look, train, verdict_accuracy
+from talk import bare_model, data, drawn
 
 from spgdd.profiles import LANGUAGE_PARTS, Delta
-from spgdd.tadd.miniworld.world import HELD_OUT_FAMILIES
-from spgdd.weights.delta import save_delta
+from spgdd.training.loop import train
+from spgdd.training.settings import load_settings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--products", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--products", type=int, default=4000, help="eight pictures each")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=96)
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    start = Delta("pandagpt_delta.safetensors", LANGUAGE_PARTS, "stage 3")
-    model = bare_model(args.out, device, [start])
-    talk = look(model, args.products, seed=200)
-    modules = [model.language.llama_proj, model.prompt_learner, model.focus]
-    with (args.out / "stage4.jsonl").open("w") as log:
-        train(model, talk, modules, args.minutes, tokens=True, lr=1e-3, batch=args.batch, seed=4, log=log)
-    fresh = look(
-        model,
-        128 if device.type == "cuda" else 8,
-        seed=300,
-        families=HELD_OUT_FAMILIES,
-        types=TRAIN_TYPES,
-        chunk=8,
-    )
-    for name, data in (("training", talk), ("held-out", fresh)):
-        for few in (True, False):
-            share, pairs = verdict_accuracy(model, data, 300, tokens=True, few=few)
-            print(f"verdict right on {name} families, {'few' if few else 'zero'}-shot: {share:.3f}")
-    for sample, text in pairs[:12]:
-        print([(d["type"], d["place"]) for d in sample["defects"]], "->", text)
-    for module in (model.image_decoder, model.memory):
-        module.requires_grad_(True)  # they belong to the delta
-    save_delta(model, args.out / "delta.safetensors", {"stage": "SPGDD"})
+    torch.manual_seed(4)
+    model = bare_model(args.out, (Delta("pandagpt_delta.safetensors", LANGUAGE_PARTS, "stage 3"),))
+    pictures = data(model, drawn(args.out / "world4", args.products, 4), shots=(0, 1, 1, 2, 4))
+    unseen = data(model, drawn(args.out / "unseen", 64, 5, held_out=True), shots=(1,))
+    settings = load_settings(Path(__file__).with_name("language.yaml"), steps=args.steps, batch=args.batch)
+    train(model, pictures, settings, args.out / "stage4", held_out=unseen, resume=True)
+    shutil.copyfile(args.out / "stage4" / "delta.safetensors", args.out / "delta.safetensors")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ class Comparison(nn.Module):
 
     def __init__(self, taps: int, scales: int):
         super().__init__()
-        self.steepness = nn.Parameter(torch.tensor(12.0))  # log-odds per unit of A_mem
-        self.trust = nn.Parameter(torch.tensor(0.1))  # weight of the words' mean log-odds
-        self.bias = nn.Parameter(torch.tensor(-4.0))
+        self.steepness = nn.Parameter(torch.tensor([12.0]))  # log-odds per unit of A_mem
+        self.trust = nn.Parameter(torch.tensor([0.1]))  # weight of the words' mean log-odds
+        self.bias = nn.Parameter(torch.tensor([-4.0]))
         channels = 2 * (taps * scales + 2 * taps)
         self.net = nn.Sequential(
             nn.Conv2d(channels, WIDTH, 3, padding=1),
