@@ -1,0 +1,93 @@
+"""The learned comparison, and the loss of all of SPGDD's parts together, on tiny weights."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from conftest import check
+from spgdd.model import load_model
+from spgdd.selfprompt import Comparison
+from spgdd.selfprompt.comparison import EPSILON, probability, word_evidence
+from spgdd.selfprompt.focuser import enlarge, zero_shot_logits
+from test_model import IMAGES, TINY_PROFILE, encode, reduced_tokenizer, training_inputs, weights  # noqa: F401
+
+FULL = dataclasses.replace(
+    TINY_PROFILE, scales=(1, 3), comparison=True, focus=True, memory_tokens=True, learned_prompts=True
+)
+
+
+@pytest.fixture(scope="module")
+def model(weights):  # noqa: F811
+    torch.manual_seed(0)
+    model = load_model(FULL, weights, device="cpu")
+    model.text_tokenizer = reduced_tokenizer
+    for part in (model.comparison, model.memory, model.abnormal_prompts):  # as if trained
+        for parameter in part.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def test_word_evidence_is_the_difference_of_the_zero_shot_logits():
+    torch.manual_seed(0)
+    decoded, anchors = torch.randn(3, 4, 64, 16), torch.nn.functional.normalize(torch.randn(3, 2, 16), dim=-1)
+    logits = zero_shot_logits(decoded, anchors)  # (B, L, 2, G, G)
+    check("word evidence", word_evidence(decoded, anchors), (logits[:, :, 1] - logits[:, :, 0]).flatten(2), atol=1e-4)
+    same = anchors[:1].expand(3, -1, -1)
+    check("one pair of anchors", word_evidence(decoded, anchors[0]), word_evidence(decoded, same), atol=1e-5)
+
+
+def test_before_training_the_comparison_is_a_weighted_sum():
+    torch.manual_seed(0)
+    comparison = Comparison(taps=4, scales=3)
+    distances, words = torch.rand(2, 4, 3, 256), 10 * torch.randn(2, 4, 256)
+    logits = comparison(distances, distances.mean((1, 2)), words, torch.randn(2, 4, 256))
+    check("sum", logits, 12 * distances.mean((1, 2)) + 0.1 * words.clamp(-20, 20).mean(1) - 4, atol=1e-5)
+
+
+def test_probabilities_keep_away_from_both_ends():
+    found = probability(torch.tensor([-100.0, -1.0, 0.0, 3.0, 100.0]))
+    check("probability", found, torch.tensor([EPSILON, 0.2689414, 0.5, 0.9525741, 1 - EPSILON]), atol=1e-6)
+
+
+def test_the_map_follows_its_definition_step_by_step(model):
+    features = encode(model, sorted(path.name for path in IMAGES.iterdir())[:3], fit="squash")
+    query, normals = features.patches[:2], features.patches[2:]
+    bank, anchors = model.build_bank(normals, "bottle"), model.anchors("bottle")
+    distances, index = model.memory.compare(query, bank.tokens[None])
+    words = [word_evidence(model.image_decoder(patches), anchors) for patches in (query, normals)]
+    expected = torch.stack([words[1][0, tap][index[:, tap, 0]] for tap in range(4)], dim=1)
+    logits = model.comparison(distances, model.memory.fuse(distances), words[0], expected)
+    by_hand = probability(enlarge(logits.view(2, 1, 16, 16)))
+    features = type(features)(*(part[:2] for part in features))
+    check("few-shot map", model.anomaly_map(features, "bottle", bank), by_hand, atol=1e-5)
+
+
+def test_the_loss_has_all_parts_and_reaches_every_parameter(model):
+    features, products, conversations, masks = training_inputs(model)
+    model.zero_grad()
+    loss = model.training_loss(features, products, conversations, masks, [features.patches[1:], None])
+    assert set(loss.parts) == {"focal", "dice", "focal few", "dice few", "triplet", "matching"}
+    check("total", loss.total, loss.language + sum(loss.parts.values()), atol=1e-5)
+    loss.total.backward()
+    silent = [
+        name
+        for name, parameter in model.named_parameters()
+        if name.split(".")[0] not in ("imagebind", "language") and (parameter.grad is None or not parameter.grad.any())
+    ]
+    assert not silent
+
+
+def test_a_batch_of_mixed_shots_is_the_mean_of_its_images(model):
+    features, products, conversations, masks = training_inputs(model)
+    normals = [features.patches[1:], torch.cat([features.patches, features.patches.flip(2)])]
+    whole = model.training_loss(features, products, conversations, masks, normals)
+    singles = [
+        model.training_loss(
+            type(features)(*(part[i : i + 1] for part in features)), products[i : i + 1], conversations[i : i + 1],
+            masks[i : i + 1], normals[i : i + 1],
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for name, value in whole.parts.items():
+        check(f"mean of {name}", value, sum(single.parts[name] for single in singles) / 2, atol=1e-5)
