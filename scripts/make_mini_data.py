@@ -5,20 +5,15 @@
 The same code gives the same files; what is committed was made by it.
 """
 
-import random
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
-from spgdd.tadd.describe import write_records
-from spgdd.tadd.miniworld import Sample, draw_product
-from spgdd.tadd.words import conversation
+from spgdd.tadd.miniworld import Sample, draw_product, write_folder
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "mini"
 SEED = 2
-QUALITY = 88  # of the JPEG files
 PRODUCTS = {  # family: the defect types of its pictures, every type of the mini world once or more
     "brushed_metal": ("scratch", "dent"),
     "weave": ("thread", "hole"),
@@ -44,24 +39,8 @@ def pictures(family: str) -> Iterator[tuple[str, Sample]]:
     yield from zip((f"{family}/{name}.jpg" for name in names), drawn, strict=True)
 
 
-def record(name: str, sample: Sample) -> dict:
-    """What is said about the picture; about every type of this data may be asked, also of good pictures."""
-    return {"image_name": name, "conversation": conversation(sample.known, random.Random(name), kinds=KINDS)}
-
-
 def main(folder: Path = FOLDER) -> None:
-    records = []
-    for family in PRODUCTS:
-        for name, sample in pictures(family):
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sample.image).save(path, quality=QUALITY)
-            if sample.mask.any():
-                mask = folder / family / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
-                mask.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(sample.mask).save(mask, optimize=True)
-            records.append(record(name, sample))
-    write_records(records, folder / "TADD_text.json")
+    records = write_folder(folder, itertools.chain.from_iterable(map(pictures, PRODUCTS)), KINDS)
     files = [path for path in folder.rglob("*") if path.is_file()]
     print(f"{len(records)} pictures, {sum(path.stat().st_size for path in files) / 1e6:.2f} MB in {folder.name}")
 

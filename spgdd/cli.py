@@ -14,7 +14,9 @@ from pathlib import Path
 from spgdd import __version__
 from spgdd.errors import ImageError, SpgddError
 from spgdd.evaluation.commands import add_commands as add_evaluate
+from spgdd.memory_commands import add_commands as add_memory
 from spgdd.tadd.commands import add_commands as add_tadd
+from spgdd.training.commands import add_commands as add_train
 from spgdd.weights.commands import add_commands as add_weights
 
 
@@ -22,8 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="spgdd", description="Find, show and explain product defects.")
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it before all else
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_diagnose, add_evaluate, add_weights, add_tadd):
+    for add in (add_diagnose, add_memory, add_evaluate, add_train, add_weights, add_tadd):
         add(commands).add_argument("--debug", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -71,6 +74,8 @@ def add_diagnose(commands) -> argparse.ArgumentParser:
     add("images", nargs="+", metavar="IMAGE", help="a picture, a folder of pictures or a quoted pattern")
     good = "pictures of good parts of the same product; without any, verdicts are not calibrated"
     add("--normal", nargs="+", action="extend", default=[], metavar="DIR_OR_FILE", help=good)
+    add("--memory", metavar="FILE", help="what `spgdd memory build` made of such pictures, instead of --normal")
+    add("--tiles", type=int, metavar="N", help="see pictures also in N x N parts: small defects in large pictures")
     add("--product", metavar="NAME", help='what is seen, for example "metal nut"')
     add("--question", metavar="TEXT", help="default: is there any anomaly in the image?")
     share = "share of good parts that may exceed the threshold (default: 0.05)"
@@ -93,6 +98,8 @@ def diagnose(options: argparse.Namespace) -> int:
     for target in (options.json, options.report):
         if target and Path(target).is_dir():
             raise SpgddError(f"{target}: a folder; name the file to write.")
+    if options.memory and (options.normal or options.tiles):
+        raise SpgddError("--memory holds the normal pictures and the tiles: leave --normal and --tiles out.")
     errors, results, reported = [], [], []
     images = _pictures(options.images, errors)
     normals = _pictures(options.normal, errors, check=True)
@@ -100,13 +107,18 @@ def diagnose(options: argparse.Namespace) -> int:
         raise ImageError("none of the normal pictures can be used, so nothing was diagnosed.")
     if images:
         diagnoser = load(**model_options(options))
-        reference = diagnoser.reference(normals, options.product or "object") if normals else None
+        reference = None
+        if options.memory:
+            reference = diagnoser.load_reference(options.memory)
+        elif normals:
+            reference = diagnoser.reference(normals, options.product or "object", tiles=options.tiles)
     try:
         for image in tqdm(images, unit="picture", disable=None if len(images) > 1 else True):
             try:
                 found = diagnoser.diagnose(
                     image, reference, options.product, options.question,
                     max_new_tokens=options.max_new_tokens, false_alarm_rate=options.false_alarm_rate,
+                    tiles=options.tiles,
                 )  # fmt: skip
             except ImageError as error:
                 _note(errors, image, error)
@@ -137,8 +149,8 @@ def _write(options: argparse.Namespace, normals: list, results: list, errors: li
 
     from spgdd.report import save_report, write_text
 
-    table = {"spgdd": __version__, "profile": options.profile, "normals": [str(path) for path in normals],
-             "results": results, "errors": errors}  # fmt: skip
+    known = {"memory": options.memory} if options.memory else {"normals": [str(path) for path in normals]}
+    table = {"spgdd": __version__, "profile": options.profile, **known, "results": results, "errors": errors}
     text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
     if options.json == "-":
         sys.stdout.write(text)

@@ -1,6 +1,7 @@
 """The network: ImageBind sees, the self-prompting part compares, the language model speaks."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -68,7 +69,7 @@ class SPGDD(nn.Module):
         self.image_decoder = PatchDecoder(width, config.joint, taps)
         self.prompt_learner = PromptLearner(language.hidden, profile.prompt_channels)
         self.memory = Memory(taps, width, profile.scales)
-        self.comparison = Comparison(taps, len(profile.scales)) if profile.comparison else None
+        self.comparison = Comparison() if profile.comparison else None
         self.focus = Focus(width, language.hidden, taps) if profile.focus else None
         self.memory_tokens = MemoryTokens(width, language.hidden) if profile.memory_tokens else None
         self.abnormal_prompts = AbnormalPrompts(config.text.width) if profile.learned_prompts else None
@@ -104,12 +105,12 @@ class SPGDD(nn.Module):
     def learned_anchors(self, products: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``anchors`` (n, 2, J) with the gradient of the learned prompts, and their matching loss."""
         names = sorted(set(products))
-        rows = [names.index(product) for product in products]
+        rows = self._beside([names.index(product) for product in products])
         normal, abnormal = (torch.stack(side)[rows] for side in zip(*map(self.sentences, names), strict=True))
         loss = torch.zeros((), device=self.device)
         if self.abnormal_prompts is not None:
-            embed = self.imagebind.modality_preprocessors["text"]
-            learned = self.abnormal_prompts(embed, self.imagebind.encode_text, self._tokenise, names)[rows]  # (n, P, J)
+            tower = self.imagebind.modality_preprocessors["text"], self.imagebind.encode_text
+            learned = self.abnormal_prompts(*tower, self.text_tokenizer, names)[rows]  # (n, P, J)
             loss, abnormal = matching_loss(abnormal, learned), torch.cat([abnormal, learned], dim=1)
         return F.normalize(torch.stack([normal.mean(1), abnormal.mean(1)], dim=1), dim=-1), loss
 
@@ -127,7 +128,7 @@ class SPGDD(nn.Module):
         """Anomaly map (B, 1, 224, 224) float32, higher where stranger.
 
         Without a bank it comes from the product's name, 0 to 1; with one from the normal images too: 0 to 1 where the
-        profile has a learned comparison, else AnomalyGPT's distance, 0 to 2. ``without`` (B,): the normal image, by its
+        profile joins both, else AnomalyGPT's distance, 0 to 2. ``without`` (B,): the normal image, by its
         number in the bank, that each image is not compared with.
         """
         if bank is None:
@@ -144,18 +145,13 @@ class SPGDD(nn.Module):
     ) -> Tensor:
         """Map (B, 1, 224, 224) of patches (B, L, N, D) against G banks; see ``Memory.compare``.
 
-        ``anchors`` (2, J), or (G, 2, J) where the banks are of different products, are for a learned comparison.
+        ``anchors`` (2, J) or (B, 2, J) are for the joined map, which the memory alone is not.
         """
-        distances, index = self.memory.compare(patches, tokens, barred)
-        fused = self.memory.fuse(distances)  # (B, N)
+        fused = self.memory.fuse(self.memory.compare(patches, tokens, barred)[0])  # (B, N)
         if self.comparison is None:
             return enlarge(on_grid(fused)[:, None])
-        anchors = anchors.expand(len(tokens), 2, -1)  # (G, 2, J)
-        share = len(patches) // len(tokens)
-        known = word_evidence(self.image_decoder(tokens[:, :, 0].to(patches.device)), anchors)  # (G, L, M)
-        expected = known.repeat_interleave(share, 0).gather(2, index[:, :, 0])  # (B, L, N)
-        words = word_evidence(self.image_decoder(patches), anchors.repeat_interleave(share, 0))
-        return probability(enlarge(on_grid(self.comparison(distances, fused, words, expected))[:, None]))
+        words = word_evidence(self.image_decoder(patches), anchors)
+        return probability(enlarge(on_grid(self.comparison(fused, words))[:, None]))
 
     def prompt_tokens(
         self, anomaly_map: Tensor, features: ImageFeatures, bank: MemoryBank | None = None
@@ -164,21 +160,24 @@ class SPGDD(nn.Module):
 
         18 map tokens, then, where the profile has them, one focus token per tap and the memory tokens.
         """
-        return self._prompt_tokens(anomaly_map, features.patches, None if bank is None else bank.tokens[None])
-
-    def _prompt_tokens(self, anomaly_map: Tensor, patches: Tensor, tokens: Tensor | None) -> Tensor:
-        """``tokens`` (G, L, S, M, D) of G banks, as ``Memory.compare`` takes them."""
-        prompts = [self.prompt_learner(anomaly_map)]
-        if self.focus is not None:
-            prompts.append(self.focus(patches, anomaly_map))
+        prompts = self._map_tokens(anomaly_map, features.patches)
         if self.memory_tokens is not None:
-            known = ()
-            if tokens is not None:
-                entries, gate = tokens[:, -1, 0].to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
-                query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
-                known = entries, closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)
-            prompts.append(self.memory_tokens(patches, anomaly_map, *known))
-        return torch.cat(prompts, dim=1)
+            tokens = None if bank is None else bank.tokens[None]
+            prompts = torch.cat([prompts, self._memory_tokens(anomaly_map, features.patches, tokens)], dim=1)
+        return prompts
+
+    def _map_tokens(self, anomaly_map: Tensor, patches: Tensor) -> Tensor:
+        prompts = self.prompt_learner(anomaly_map)
+        return prompts if self.focus is None else torch.cat([prompts, self.focus(patches, anomaly_map)], dim=1)
+
+    def _memory_tokens(self, anomaly_map: Tensor, patches: Tensor, tokens: Tensor | None) -> Tensor:
+        """``tokens`` (G, L, S, M, D) of G banks, as ``Memory.compare`` takes them."""
+        if tokens is None:
+            return self.memory_tokens(patches, anomaly_map)
+        entries, gate = tokens[:, -1, 0].to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
+        query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
+        nearest = closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)  # (B, N)
+        return self.memory_tokens(patches, anomaly_map, entries, nearest)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -218,44 +217,56 @@ class SPGDD(nn.Module):
         (B, 224, 224) are 0 to 1, defective above 0.3; None: chat data, product "object".
 
         Parts, all unweighted unless said: focal and dice of every tap's zero-shot map (AnomalyGPT); the same of the
-        few-shot maps where the comparison is learned; the triplet loss and ``MATCHING`` times the matching loss where
+        few-shot maps where they are probabilities; the triplet loss and ``MATCHING`` times the matching loss where
         the abnormal prompts are.
         """
-        anchors, matching = self.learned_anchors(products)  # (B, 2, J)
-        decoded = self.image_decoder(features.patches)
-        probabilities = zero_shot_probabilities(decoded, anchors)  # (B, L, 2, 224, 224)
-        maps, prompts, few = probabilities[:, :, 1].mean(1, keepdim=True), {}, []
+        # Images with equally many normal ones come together, zero-shot ones first: all losses are means.
         counts = [0 if given is None else len(given) for given in normals or [None] * len(products)]
-        for count in sorted(set(counts)):  # images with equally many normal ones together
-            rows = [row for row, have in enumerate(counts) if have == count]
+        order = sorted(range(len(products)), key=counts.__getitem__)
+        index = self._beside(order)
+        embedding, patches = (part.index_select(0, index) for part in features)
+        products, conversations = ([values[row] for row in order] for values in (products, conversations))
+
+        anchors, matching = self.learned_anchors(products)  # (B, 2, J)
+        decoded = self.image_decoder(patches)
+        probabilities = zero_shot_probabilities(decoded, anchors)  # (B, L, 2, 224, 224)
+        zero_shot, maps, banks = probabilities[:, :, 1].mean(1, keepdim=True), [], []
+        for count, group in itertools.groupby(order, key=counts.__getitem__):
+            group = list(group)
+            part = slice(sum(map(len, maps)), sum(map(len, maps)) + len(group))
             tokens = None
             if count:
-                given = torch.stack([normals[row] for row in rows]).to(self.device)  # (g, K, L, N, D)
+                given = torch.stack([normals[row] for row in group]).to(self.device)  # (g, K, L, N, D)
                 tokens = self.memory.tokens(given)
-                maps = maps.index_copy(0, torch.tensor(rows, device=self.device),
-                                       self.few_shot_map(features.patches[rows], anchors[rows], tokens))  # fmt: skip
-                few += rows
-            prompts |= zip(rows, self._prompt_tokens(maps[rows], features.patches[rows], tokens), strict=True)
-        said = self.language.forward_loss(
-            features.embedding, conversations, torch.stack([prompts[row] for row in range(len(products))]), max_length
-        )
-        parts = {}
+            maps.append(zero_shot[part] if tokens is None else self.few_shot_map(patches[part], anchors[part], tokens))
+            banks.append((part, tokens))
+        maps = torch.cat(maps)
+        prompts = self._map_tokens(maps, patches)
+        if self.memory_tokens is not None:
+            told = [self._memory_tokens(maps[part], patches[part], tokens) for part, tokens in banks]
+            prompts = torch.cat([prompts, torch.cat(told)], dim=1)
+        said = self.language.forward_loss(embedding, conversations, prompts, max_length)
+        parts, first = {}, counts.count(0)
         if masks is not None:
-            truth = (masks.to(self.device) > MASK_THRESHOLD).float()
+            truth = (masks.to(self.device).index_select(0, index) > MASK_THRESHOLD).float()
             taps = probabilities.unbind(1)
             parts = {
                 "focal": sum(focal_loss(tap, truth) for tap in taps),
                 "dice": sum(dice_loss(tap[:, 1], truth) for tap in taps),
             }
-            if self.comparison is not None and few:
-                found = torch.cat([1 - maps[few], maps[few]], dim=1)  # (f, 2, 224, 224)
-                share = len(few) / len(products)
-                parts["focal few"] = share * focal_loss(found, truth[few])
-                parts["dice few"] = share * dice_loss(found[:, 1], truth[few])
+            if self.comparison is not None and first < len(order):
+                found, share = maps[first:], 1 - first / len(order)
+                parts["focal few"] = share * focal_loss(torch.cat([1 - found, found], dim=1), truth[first:])
+                parts["dice few"] = share * dice_loss(found[:, 0], truth[first:])
             if self.abnormal_prompts is not None:
                 parts["triplet"] = triplet_loss(decoded, anchors, truth)
                 parts["matching"] = MATCHING * matching
         return TrainingLoss(said.loss + sum(parts.values()), said.loss, parts, said.token_accuracy)
+
+    def _beside(self, rows: list[int]) -> Tensor:
+        """Indices on the model's device; a GPU is not waited for."""
+        index = torch.tensor(rows)
+        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
 
 
 def choose_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:

@@ -29,7 +29,7 @@ class Profile:
     deltas: tuple[Delta, ...]  # in load order: a later file wins
     lora_rank: int  # rank of the LoRA matrices on q, k, v, o, and their alpha
     scales: tuple[int, ...]  # sides of the memory's neighbourhoods, in patches; (1,): AnomalyGPT's
-    comparison: bool  # the memory's and the words' maps joined by a learned comparison; else AnomalyGPT's few-shot map
+    comparison: bool  # few-shot maps join the memory's and the words' evidence; else AnomalyGPT's, the memory's alone
     focus: bool  # focus tokens (TDDF) after the map tokens; without them and the next the layout is AnomalyGPT's
     memory_tokens: bool  # memory tokens (MSSPMM) after those
     learned_prompts: bool  # learned abnormal prompts (TDDF) beside the hand-written ones
@@ -42,6 +42,7 @@ class Profile:
     notebook: str  # where the files come from, the deltas' apart
     rotate: bool = False  # normal pictures are remembered in four orientations
     budget: int | None = None  # entries of a memory per tap and scale; None: all
+    score_share: float = 0.0  # an image's score is the mean of the highest share of its map; 0: the highest value
     tiles: int = 1  # pictures are seen whole and in tiles x tiles parts; 1: only whole
 
     def files(self) -> dict[str, str]:
@@ -130,6 +131,7 @@ _ALL = (
         focus=True,
         memory_tokens=True,
         learned_prompts=True,
+        score_share=0.04,
         disk_gb=18.9,
         gpu_gb=17,
     ),
@@ -143,6 +145,7 @@ _ALL = (
         focus=True,
         memory_tokens=True,
         learned_prompts=True,
+        score_share=0.04,
         disk_gb=31.6,
         gpu_gb=30,
     ),

@@ -151,9 +151,7 @@ def test_wrong_usage_ends_with_2(arguments, capsys):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    code = (
-        "import sys; from spgdd.cli import main\ntry: main(['diagnose', '--help'])\nexcept SystemExit: pass\n"
-    )
+    code = "import sys; from spgdd.cli import main\ntry: main(['diagnose', '--help'])\nexcept SystemExit: pass\n"
     code += "print('heavy', sorted({'torch', 'numpy', 'PIL', 'transformers', 'scipy'} & set(sys.modules)))"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -162,7 +160,5 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 
 def test_module_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "spgdd", "--version"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "spgdd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__

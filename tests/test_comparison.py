@@ -37,12 +37,11 @@ def test_word_evidence_is_the_difference_of_the_zero_shot_logits():
     check("one pair of anchors", word_evidence(decoded, anchors[0]), word_evidence(decoded, same), atol=1e-5)
 
 
-def test_before_training_the_comparison_is_a_weighted_sum():
-    torch.manual_seed(0)
-    comparison = Comparison(taps=4, scales=3)
-    distances, words = torch.rand(2, 4, 3, 256), 10 * torch.randn(2, 4, 256)
-    logits = comparison(distances, distances.mean((1, 2)), words, torch.randn(2, 4, 256))
-    check("sum", logits, 12 * distances.mean((1, 2)) + 0.1 * words.clamp(-20, 20).mean(1) - 4, atol=1e-5)
+def test_the_witnesses_log_odds_add_up():
+    comparison, words = Comparison(), torch.tensor([[[1.0, -50.0], [3.0, -10.0]]])  # (1, 2 taps, 2 patches)
+    bias = comparison.bias.item()
+    found = comparison(torch.tensor([[0.5, 0.25]]), words)
+    check("log-odds", found, torch.tensor([[8 * 0.5 + 2 + bias, 8 * 0.25 - 15 + bias]]), atol=1e-6)
 
 
 def test_probabilities_keep_away_from_both_ends():
@@ -53,11 +52,10 @@ def test_probabilities_keep_away_from_both_ends():
 def test_the_map_follows_its_definition_step_by_step(model):
     features = encode(model, sorted(path.name for path in IMAGES.iterdir())[:3], fit="squash")
     query, normals = features.patches[:2], features.patches[2:]
-    bank, anchors = model.build_bank(normals, "bottle"), model.anchors("bottle")
-    distances, index = model.memory.compare(query, bank.tokens[None])
-    words = [word_evidence(model.image_decoder(patches), anchors) for patches in (query, normals)]
-    expected = torch.stack([words[1][0, tap][index[:, tap, 0]] for tap in range(4)], dim=1)
-    logits = model.comparison(distances, model.memory.fuse(distances), words[0], expected)
+    bank = model.build_bank(normals, "bottle")
+    fused = model.memory.fuse(model.memory.compare(query, bank.tokens[None])[0])
+    words = word_evidence(model.image_decoder(query), model.anchors("bottle")).clamp(-20, 20).mean(1)
+    logits = model.comparison.steepness * fused + words + model.comparison.bias
     by_hand = probability(enlarge(logits.view(2, 1, 16, 16)))
     features = type(features)(*(part[:2] for part in features))
     check("few-shot map", model.anomaly_map(features, "bottle", bank), by_hand, atol=1e-5)

@@ -118,19 +118,39 @@ def test_history_is_folded_into_the_question():
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_forward(vicuna, reference, name, monkeypatch):
-    seen = spy(monkeypatch, vicuna.llama_model, "forward")
+    seen = spy(monkeypatch, vicuna.llama_model.get_base_model().model, "forward")
     length = CONFIG["truncated_max_tgt_len" if name == "truncated" else "max_tgt_len"]
     with torch.no_grad():
         output = vicuna.forward_loss(
             reference[f"{name}.vision_embedding"], CONFIG[name]["conversations"], max_length=length)
-    assert torch.equal(output.targets, reference[f"{name}.labels"])
-    assert torch.equal(seen["attention_mask"], reference[f"{name}.attention_mask"])
+        mask = reference[f"{name}.attention_mask"]
+        logits = vicuna.llama_model(inputs_embeds=seen["inputs_embeds"], attention_mask=mask).logits
     check(f"pandagpt {name} inputs_embeds", seen["inputs_embeds"], reference[f"{name}.inputs_embeds"], 1e-5)
     complete = f"{name}.logits" in reference
     expected = reference[f"{name}.logits" if complete else f"{name}.logits_last8"]
-    check(f"pandagpt {name} logits", output.logits[:, -expected.shape[1]:], expected, ATOL["logits"])
+    check(f"pandagpt {name} logits", logits[:, -expected.shape[1]:], expected, ATOL["logits"])
     check(f"pandagpt {name} loss", output.loss, reference[f"{name}.loss"][0], ATOL["loss"])
     check(f"pandagpt {name} token accuracy", output.token_accuracy, reference[f"{name}.token_acc"][0], 1e-6)
+
+
+def test_padding_and_logits_in_parts_change_neither_loss_nor_gradients(vicuna, reference, monkeypatch):
+    seen = spy(monkeypatch, vicuna.llama_model.get_base_model().model, "forward")
+
+    def run():
+        vicuna.zero_grad()
+        output = vicuna.forward_loss(reference["batch.vision_embedding"], CONFIG["batch"]["conversations"])
+        output.loss.backward()
+        return output, vicuna.llama_proj.weight.grad.clone()
+
+    (output, gradient), length = run(), seen["inputs_embeds"].shape[1]
+    monkeypatch.setattr(vicuna, "pad_to", 64)
+    monkeypatch.setattr(vicuna, "scored", 7)
+    again, same = run()
+    assert seen["inputs_embeds"].shape[1] % 64 == 0 != length % 64
+    check("loss in parts", again.loss, output.loss, 1e-6)
+    check("gradient in parts", same, gradient, 1e-7)
+    assert again.token_accuracy == output.token_accuracy
+    vicuna.zero_grad()
 
 
 def test_gradients_reach_lora_and_projection_only(vicuna, reference):

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -24,12 +25,15 @@ from spgdd.tadd.miniworld import (
     draw_product,
     photograph,
     possible_types,
+    record,
+    write_world,
 )  # fmt: skip
 from spgdd.tadd.miniworld.defects import DEFECTS
 from spgdd.tadd.miniworld.noise import CELLS, CHANNELS, TILE, Dice, atlas, cells, noise
 from spgdd.tadd.miniworld.objects import OBJECTS
 from spgdd.tadd.miniworld.world import pose
 from spgdd.tadd.records import read_records
+from spgdd.tadd.words import names_of
 
 CPU = torch.device("cpu")
 
@@ -285,7 +289,7 @@ def test_committed_data_is_what_the_script_makes():
         for name, sample in make_mini_data.pictures(family):
             stored = np.asarray(Image.open(make_mini_data.FOLDER / name)).astype(int)
             assert abs(stored - sample.image).mean() < 6, f"{name} is not what {make_mini_data.__name__} draws"
-            assert texts[name] == make_mini_data.record(name, sample)
+            assert texts[name] == record(name, sample, make_mini_data.KINDS)
 
 
 def test_committed_data_is_complete_and_small():
@@ -300,3 +304,39 @@ def test_committed_data_is_complete_and_small():
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2_000_000
     records = read_records(folder / "TADD_text.json", folder)
     assert {record.image.relative_to(folder).as_posix() for record in records} == {row.image for row in index.rows}
+
+
+def test_a_world_is_a_data_set_in_mvtec_layout(tmp_path):
+    records = write_world(tmp_path, products=18, seed=3)
+    index = index_folder(tmp_path)
+    assert not index.problems and len(index.rows) == len(records) == 18 * 8
+    assert {record["image_name"] for record in records} == {row.image for row in index.rows}
+    assert len({(row.subset, row.product) for row in index.rows}) == 18  # two nuts are not taken for one
+    counts = Counter((row.split, row.defect_type == "good") for row in index.rows)
+    assert counts["train", True] == 18 * 3 and counts["test", False] + counts["test", True] == 18 * 5
+    assert 0.35 < counts["test", False] / len(index.rows) <= 0.5  # what is too faint to be seen leaves a good picture
+    assert not {row.defect_type.replace("_", " ") for row in index.rows} & set(HELD_OUT_TYPES)
+    families = [family for family in FAMILIES if family not in HELD_OUT_FAMILIES][:18]
+    names = {row.subset: row.product.replace("_", " ") for row in index.rows}
+    for number, family in enumerate(families):
+        assert names[f"{number:04}"] in names_of({"product": family.replace("_", " "), "family": family})
+    said = {record["image_name"]: record["conversation"] for record in records}
+    for row in index.rows:
+        answers = [turn["value"] for turn in said[row.image][1::2]]
+        wrong = "Yes, there is an anomaly" if not row.mask else "No, there is no anomaly"
+        assert not any(answer.startswith(wrong) for answer in answers), row
+
+
+def test_the_same_world_again_another_one_and_what_is_held_out(tmp_path):
+    for name, options in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("held", {"held_out": True})):
+        write_world(tmp_path / name, products=4, **options)
+
+    def files(name):
+        return {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+
+    assert files("a") == files("b") != files("c")
+    names = {row.product.replace("_", " ") for row in index_folder(tmp_path / "held").rows}
+    known = [names_of({"product": family, "family": family}) for family in HELD_OUT_FAMILIES]
+    assert len(names) == 4 and all(names & set(of_family) for of_family in known)
+    with pytest.raises(DataError, match="no family lether; the mini world has"):
+        write_world(tmp_path / "d", 1, families=["lether"])

@@ -6,7 +6,7 @@ Five losses share one forward pass of the vision tower:
   memory    the distance of a patch to the nearest patch of another photograph of the same product, gated and fused as
             the self-prompted memory does it, must say which patches are defective, and whether the picture is;
   text map  decoded patches against sentences about a normal and a damaged product (the zero-shot map), as AnomalyGPT;
-  joined    the learned comparison of both must say so better than either;
+  joined    so must the sum of both;
   dense     decoded defective patches against the names of the defect types;
   contrast  whole pictures against their captions, as CLIP and ImageBind.
 """
@@ -44,7 +44,8 @@ class Trainee(nn.Module):
         self.imagebind = ImageBind(MINI)
         self.image_decoder = PatchDecoder(MINI.vision.width, MINI.joint, len(MINI.taps))
         self.memory = Memory(len(MINI.taps), MINI.vision.width, SCALES)
-        self.comparison = Comparison(len(MINI.taps), len(SCALES))
+        self.comparison = Comparison()
+        self.comparison.steepness.requires_grad_(False)  # the generated world overrates the memory against photographs
         self.steepness, self.threshold = nn.Parameter(torch.tensor(12.0)), nn.Parameter(torch.tensor(0.35))
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def losses(model: Trainee, batch, bank: TextBank, few: bool) -> tuple[dict[str, 
     # memory: the damaged pictures, and the second good one, against the first good one; or the damaged against both
     normal, tests = (slice(0, 2), slice(2, 4)) if few else (slice(0, 1), slice(1, 4))
     queries = patches[:, tests].flatten(0, 1)  # (G * T, L, N, D)
-    distances, index = model.memory.compare(queries, model.memory.tokens(patches[:, normal]))
+    distances, _ = model.memory.compare(queries, model.memory.tokens(patches[:, normal]))
     fused = model.memory.fuse(distances)  # (G * T, N)
     t, w, b = (value[:, tests].flatten(0, 1) for value in (target, weight, bad))
     logits = model.steepness * (fused - model.threshold)
@@ -104,11 +105,7 @@ def losses(model: Trainee, batch, bank: TextBank, few: bool) -> tuple[dict[str, 
         "memory picture": F.binary_cross_entropy_with_logits(picture_logit(logits), b),
     }
 
-    # joined: the words' evidence of the query and of what the memory takes it for
-    text = text.unflatten(0, (groups, 4))  # (G, 4, L, N)
-    known = text[:, normal].transpose(1, 2).flatten(2).repeat_interleave(t.shape[0] // groups, 0)  # (G * T, L, K * N)
-    expected = known.gather(2, index[:, :, 0])
-    joined = model.comparison(distances, fused, text[:, tests].flatten(0, 1), expected)
+    joined = model.comparison(fused, text.unflatten(0, (groups, 4))[:, tests].flatten(0, 1))
     out |= {
         "joined": map_loss(joined, t, w),
         "joined picture": F.binary_cross_entropy_with_logits(picture_logit(joined), b),

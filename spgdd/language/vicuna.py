@@ -12,9 +12,11 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
 
 from spgdd.errors import SpgddError, WeightsError
@@ -39,8 +41,6 @@ PUBLISHED = LoraSettings()
 
 class LanguageOutput(NamedTuple):
     loss: Tensor  # scalar float32, nats per target token of the batch
-    logits: Tensor  # (B, S, V)
-    targets: Tensor  # (B, S) int64, -100 where nothing is learned
     token_accuracy: Tensor  # scalar float32 in [0, 1]
 
 
@@ -71,6 +71,8 @@ class Vicuna(nn.Module):
         self.llama_proj = nn.Linear(joint, self.hidden, device=self._embeddings.weight.device)
         self.tokenizer = tokenizer
         self.stop_id = tokenizer.piece_id("##")  # of the "\n###" that ends an answer
+        self.pad_to = 1  # training sequences get a multiple of so many tokens: a compiled model wants few lengths
+        self.scored = 2048  # answer tokens whose logits are held at once: 0.6 GB with 32,000 pieces and gradients
 
     @classmethod
     def load(cls, folder: str | Path, joint: int, dtype: torch.dtype = torch.float32, device_map=None,
@@ -118,27 +120,41 @@ class Vicuna(nn.Module):
         `image_embedding` (B, J) unit vectors, `conversations` one list of turns per image (see
         `encode_turns`), `prompt_tokens` (B, P, H) or None. Without prompt tokens the layout is PandaGPT's.
         With them it is AnomalyGPT's: `</Img> ` is tokenised on its own and they follow it. `max_length` cuts
-        the text after image and prompt tokens. Raises SpgddError when nothing is left to learn or the model
-        is too short.
+        the text after image and prompt tokens. A base in half precision computes in it, LoRA too. Raises
+        SpgddError when nothing is left to learn or the model is too short.
         """
         opening = IMAGE_END if prompt_tokens is None else ""
         rows = [encode_turns(self.tokenizer, turns, max_length, opening) for turns in conversations]
-        ids = self._pad([ids for ids, _ in rows], self.tokenizer.eos)  # (B, T)
-        targets = self._pad([targets for _, targets in rows], IGNORE)  # (B, T)
-        if (targets == IGNORE).all():
+        prefix = self._prefix(self._project(image_embedding), prompt_tokens)  # (B, F, H)
+        first = prefix.shape[1]
+        length = first + max(len(ids) for ids, _ in rows)
+        self._check_length(length)
+        length += -length % self.pad_to  # S
+        # Position i predicts i + 1. Logits are computed only there: of a long prompt they would be most of the memory.
+        learned = [(row * length + first + i - 1, target) for row, (_, targets) in enumerate(rows)
+                   for i, target in enumerate(targets) if target != IGNORE]
+        if not learned:
             raise SpgddError(f"No answer is left in this batch after the cut to {max_length} tokens. Raise "
                              "max_length or shorten the questions.")
-        prefix = self._prefix(self._project(image_embedding), prompt_tokens)  # (B, S - T, H)
+        ids = self._pad([ids for ids, _ in rows], self.tokenizer.eos, length - first)  # (B, T)
+        places, wanted = self._on_device(torch.tensor(learned)).unbind(1)  # (n,), (n,)
         embeds = torch.cat([prefix, self._embeddings(ids)], dim=1)  # (B, S, H)
-        self._check_length(embeds.shape[1])
-        mask = F.pad((ids != self.tokenizer.eos).long(), (prefix.shape[1], 0), value=1)  # (B, S)
-        targets = F.pad(targets, (prefix.shape[1], 0), value=IGNORE)  # (B, S)
+        half = embeds.dtype != torch.float32
+        with torch.autocast(embeds.device.type, embeds.dtype, half), disable_input_dtype_casting(self, half):
+            # What stands left of the padding does not see it, so that no mask but the causal one is needed.
+            llama = self.llama_model.get_base_model()
+            hidden = llama.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            hidden = hidden.flatten(0, 1).index_select(0, places)  # (B, S, H) -> (n, H)
+            parts = list(zip(hidden.split(self.scored), wanted.split(self.scored), strict=True))
+            again = {"use_reentrant": False, "preserve_rng_state": False}  # backward makes the logits once more
+            nats, right = zip(*(checkpoint(self._score, *part, **again) if len(parts) > 1 else self._score(*part)
+                                for part in parts), strict=True)
+        return LanguageOutput(sum(nats) / len(learned), sum(right) / len(learned))
 
-        logits = self.llama_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
-        learned = targets[:, 1:] != IGNORE  # position i predicts i + 1
-        predicted, wanted = logits[:, :-1][learned].float(), targets[:, 1:][learned]  # (n, V), (n,)
-        accuracy = (predicted.argmax(-1) == wanted).float().mean()
-        return LanguageOutput(F.cross_entropy(predicted, wanted), logits, targets, accuracy)
+    def _score(self, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of nats, and how many tokens are predicted right, of hidden states (n, H) and targets (n,)."""
+        logits = self.llama_model.get_base_model().lm_head(hidden).float()  # (n, V)
+        return F.cross_entropy(logits, wanted, reduction="sum"), (logits.detach().argmax(-1) == wanted).sum()
 
     @torch.no_grad()
     def generate(self, image_embedding: Tensor, question: str, history: Sequence[tuple[str, str]] = (),
@@ -194,10 +210,15 @@ class Vicuna(nn.Module):
                              f"{tuple(image_embedding.shape)}: are vision model and delta of one profile?")
         return self.llama_proj(vectors.to(weight)).to(self._embeddings.weight.dtype)
 
-    def _pad(self, rows: list[list[int]], value: int) -> Tensor:
-        """Rows of ids to (B, T), padded on the right."""
+    def _pad(self, rows: list[list[int]], value: int, length: int = 0) -> Tensor:
+        """Rows of ids to (B, T), padded on the right, T at least `length`."""
         padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)
-        return padded.to(self._embeddings.weight.device)
+        return self._on_device(F.pad(padded, (0, max(0, length - padded.shape[1])), value=value))
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """A small tensor beside the token embeddings; a GPU is not waited for."""
+        device = self._embeddings.weight.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def _embed(self, text_or_ids: str | list[int], batch: int = 1) -> Tensor:
         """Embeddings (batch, T, H) of the same text or ids in each row."""

@@ -39,7 +39,8 @@ class AbnormalPrompts(nn.Module):
         embeddings (m, S, W), ``encode_text`` ids and embeddings into vectors (m, J).
         """
         ids = tokenizer([text for product in products for text in text_prompts(product)["abnormal"]])
-        ids = ids[:, : int(ids.argmax(1).max()) + 1]  # attention is causal: padding after the end says nothing
+        length = int(ids.argmax(1).max()) + 1  # on the CPU, so that a GPU is not waited for
+        ids = ids[:, :length].to(self.offsets.device)  # attention is causal: padding after the end says nothing
         tokens = embed(ids)  # (n*P, S, W), the first being the start of text
         moved = F.pad(self.offsets, (0, 0, 1, tokens.shape[1] - 1 - CONTEXT)).repeat(len(products), 1, 1)
         vectors = encode_text(ids, (tokens + moved).to(tokens.dtype))

@@ -1,14 +1,12 @@
-"""The learned comparison: what the memory and the words say about each patch becomes one probability of a defect."""
+"""The comparison of a picture with the memory and with the words, joined as one probability of a defect."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spgdd.selfprompt.focuser import TEMPERATURE
-from spgdd.selfprompt.memory import on_grid
 
-WIDTH = 32  # channels of the small network
 EPSILON = 1e-6  # probabilities keep this distance from 0 and 1
+SURE = 20.0  # the words' log-odds count up to here
 
 
 def word_evidence(decoded: Tensor, anchors: Tensor) -> Tensor:
@@ -20,41 +18,20 @@ def word_evidence(decoded: Tensor, anchors: Tensor) -> Tensor:
 
 
 class Comparison(nn.Module):
-    """Joins the memory's map and the words' map as log-odds, and corrects the sum by a small convolutional network.
+    """Two independent witnesses: their log-odds add up (naive Bayes).
 
-    The network sees, for every patch, the distance to the memory at each tap and scale, the words' log-odds at each
-    tap, and those of the memory's best entries there: what looks like damage in a good part too (a thread, a grain) is
-    explained away. It sees them as they are and relative to the picture's mean and spread. At first it adds nothing.
+    The words' are the mean over the taps of ``word_evidence``; the memory's are ``steepness`` x A_mem, and ``bias`` is
+    what a normal patch has of both.
     """
 
-    def __init__(self, taps: int, scales: int):
+    def __init__(self):
         super().__init__()
-        self.steepness = nn.Parameter(torch.tensor([12.0]))  # log-odds per unit of A_mem
-        self.trust = nn.Parameter(torch.tensor([0.1]))  # weight of the words' mean log-odds
-        self.bias = nn.Parameter(torch.tensor([-4.0]))
-        channels = 2 * (taps * scales + 2 * taps)
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, WIDTH, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(WIDTH, 1, 1),
-        )
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        self.steepness = nn.Parameter(torch.tensor([8.0]))
+        self.bias = nn.Parameter(torch.tensor([-3.3]))
 
-    def forward(self, distances: Tensor, fused: Tensor, words: Tensor, expected: Tensor) -> Tensor:
-        """Log-odds (B, N) of a defect.
-
-        ``distances`` (B, L, S, N) and ``fused`` (B, N) as ``Memory`` gives them; ``words`` (B, L, N) log-odds of the
-        query's patches and ``expected`` (B, L, N) of the memory's best entries.
-        """
-        words, expected = words.clamp(-20, 20), expected.clamp(-20, 20)
-        plain = self.steepness * fused + self.trust * words.mean(1) + self.bias
-        evidence = torch.cat([distances.flatten(1, 2) * 5, words / 5, expected / 5], dim=1)  # (B, C, N)
-        relative = F.layer_norm(evidence, evidence.shape[-1:])
-        correction = self.net(on_grid(torch.cat([evidence, relative], dim=1)))  # (B, 1, G, G)
-        return plain + correction.flatten(1)
+    def forward(self, fused: Tensor, words: Tensor) -> Tensor:
+        """Log-odds (B, N) of a defect from A_mem on the patch grid (B, N) and the words' evidence (B, L, N)."""
+        return self.steepness * fused + words.clamp(-SURE, SURE).mean(1) + self.bias
 
 
 def probability(logits: Tensor) -> Tensor:

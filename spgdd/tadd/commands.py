@@ -1,4 +1,4 @@
-"""`spgdd tadd ...`: index folders of images, write their text, fetch data sets."""
+"""`spgdd tadd ...`: index folders of images, write their text, fetch data sets, draw generated ones."""
 
 import argparse
 from collections import Counter
@@ -19,6 +19,14 @@ def add_commands(subparsers) -> argparse.ArgumentParser:
     describe = _folder_action(actions, "describe", _describe, "write TADD_text.json from masks and pixels")
     describe.add_argument("-o", "--output", type=Path, default=Path("TADD_text.json"))
     describe.add_argument("--seed", type=int, default=0, help="the same seed writes the same text")
+
+    world = actions.add_parser("world", help="draw a training folder of the mini world, with its text")
+    world.add_argument("folder", type=Path, metavar="DIR")
+    world.add_argument("--products", type=int, default=500, metavar="N", help="8 pictures each; default: 500")
+    world.add_argument("--seed", type=int, default=0, help="the same seed draws the same pictures")
+    world.add_argument("--families", nargs="+", default=(), metavar="NAME", help="default: those that training may see")
+    world.add_argument("--held-out", action="store_true", help="families and defect types kept from training")
+    world.set_defaults(run=_world)
 
     download = actions.add_parser("download", help="fetch and unpack a data set, or say how to get it")
     download.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
@@ -63,6 +71,14 @@ def _describe(args) -> int:
     write_records(records, args.output)
     left_out = len(table.rows) - len(records)
     print(f"{args.output}: {len(records)} conversations; {left_out} broken or maskless images left out")
+    return 0
+
+
+def _world(args) -> int:
+    from spgdd.tadd.miniworld import write_world
+
+    records = write_world(args.folder, args.products, args.seed, args.families, args.held_out)
+    print(f"{args.folder}: {len(records)} pictures of {args.products} products, and TADD_text.json")
     return 0
 
 

@@ -43,8 +43,8 @@ def pipeline(you_are_here: str | tuple[str, ...]):
     )
 
 
-def environment(profile: str, needs: Mapping[str | PathLike, str] | None = None) -> None:
-    """Print versions, device, precision with its reason, and the weights of a profile.
+def environment(profile, needs: Mapping[str | PathLike, str] | None = None) -> None:
+    """Print versions, device, precision with its reason, and the weights of a profile, given by name or as ``Profile``.
 
     Raises WeightsError where the profile's weights, or files of ``needs``, are missing; ``needs`` names for
     each file what makes it: ``{"../runs/features.safetensors": "notebook 05"}``.
@@ -59,15 +59,15 @@ def environment(profile: str, needs: Mapping[str | PathLike, str] | None = None)
     from spgdd.model import choose_dtype
     from spgdd.profiles import get_profile, weights_folder
 
-    chosen, root = get_profile(profile), weights_folder()
+    chosen, root = get_profile(profile) if isinstance(profile, str) else profile, weights_folder()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     reason = choose_dtype(device)[1]
     if chosen.precision == "float32":
-        reason = f"float32: {profile} is small enough to be exact everywhere"
+        reason = f"float32: {chosen.name} is small enough to be exact everywhere"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"versions   spgdd {__version__}, {versions}, transformers {transformers.__version__}")
-    print(f"profile    {profile}: {chosen.purpose}")
+    print(f"profile    {chosen.name}: {chosen.purpose}")
     print(f"device     {device}, {hardware}")
     print(f"precision  {reason}")
 
@@ -75,7 +75,7 @@ def environment(profile: str, needs: Mapping[str | PathLike, str] | None = None)
     wanted = files | {Path(file): source for file, source in (needs or {}).items()}
     missing = [f"  {file} (from {source})" for file, source in wanted.items() if not file.is_file()]
     if missing:
-        how = f"Run the notebook named; `spgdd weights download {profile}` fetches what is published."
+        how = f"Run the notebook named; `spgdd weights download {chosen.name}` fetches what is published."
         raise WeightsError("\n".join([f"{len(missing)} file(s) are missing:", *missing, how]))
     size = sum(file.stat().st_size for folder in {f.parent for f in files} for file in folder.iterdir())
     print(f"weights    {size / 1e6:,.0f} MB in {root}")

@@ -1,16 +1,32 @@
-"""One product before the camera several times: pictures, masks and what is known, ready to look at or to save."""
+"""One product before the camera several times: pictures, masks and what is known, to look at or as a folder."""
 
+import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from spgdd.errors import DataError
-from spgdd.tadd.miniworld.world import FAMILIES, TYPES, describe, photograph, possible_types
+from spgdd.tadd.describe import write_records
+from spgdd.tadd.miniworld.world import (
+    FAMILIES,
+    HELD_OUT_FAMILIES,
+    HELD_OUT_TYPES,
+    TYPES,
+    describe,
+    photograph,
+    possible_types,
+)
+from spgdd.tadd.words import conversation, names_of
 
 ATTEMPTS = 20  # photographs tried for one that shows its defect
+QUALITY = 88  # of JPEG files
+PICTURES = 8  # photographs of each product of a world
 
 
 class Sample(NamedTuple):
@@ -49,3 +65,64 @@ def draw_product(
             return [samples[i] for i in range(len(kinds))]
     unseen = sorted({kinds[i] for i in left.tolist()})
     raise DataError(f"{', '.join(unseen)} on {family} {seed} stays invisible; choose another seed.")
+
+
+def write_world(
+    folder: str | Path, products: int, seed: int = 0, families: Sequence[str] = (), held_out: bool = False
+) -> list[dict]:
+    """Draw a data set of products, PICTURES photographs of each, and its TADD_text.json; returns the records.
+
+    By default what training may see is drawn; with ``held_out`` the families and defect types kept from it. The
+    families take turns. The same arguments give the same files. Raises DataError for an unknown family.
+    """
+    families = families or (HELD_OUT_FAMILIES if held_out else [f for f in FAMILIES if f not in HELD_OUT_FAMILIES])
+    if unknown := set(families) - set(FAMILIES):
+        raise DataError(f"no family {', '.join(sorted(unknown))}; the mini world has {', '.join(FAMILIES)}.")
+    types = [kind for kind in TYPES if held_out or kind not in HELD_OUT_TYPES]
+    shots = (shot for i in range(products) for shot in _photographs(families[i % len(families)], i, seed, types))
+    return write_folder(folder, tqdm(shots, "drawing", products * PICTURES, unit="picture"), types)
+
+
+def _photographs(family: str, number: int, seed: int, types: Sequence[str]) -> Iterator[tuple[str, Sample]]:
+    """Name and picture of half good and half damaged photographs of a product; all but one of the good for training.
+
+    Each product has a folder of its own, ``0007/hex_nut``, so that two nuts are not taken for one. A defect too
+    faint to be seen leaves a good picture.
+    """
+    rng = random.Random(f"world {seed} {number}")
+    name = rng.choice(names_of({"product": family.replace("_", " "), "family": family}))
+    possible = [i for i in possible_types(family) if TYPES[i] in types]
+    kinds = torch.tensor([-1] * (PICTURES // 2) + rng.choices(possible, k=PICTURES // 2))
+    photos = torch.tensor([rng.randrange(2**31) for _ in kinds])  # evaluations draw theirs above
+    shots = photograph(family, torch.full_like(photos, rng.randrange(2**31)), photos, kinds)
+    for row, known in enumerate(describe(family, name, shots)):
+        kind = known["defects"][0]["type"].replace(" ", "_") if known["defects"] else "good"
+        split = "train" if row < PICTURES // 2 - 1 else "test"
+        image = shots.images[row].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
+        path = f"{number:04}/{name.replace(' ', '_')}/{split}/{kind}/{row:03}.jpg"
+        yield path, Sample(image, shots.masks[row].any(0).numpy(), known)
+
+
+def write_folder(folder: str | Path, pictures: Iterable[tuple[str, Sample]], kinds: Sequence[str]) -> list[dict]:
+    """Save named pictures in MVTec's layout, PRODUCT/SPLIT/TYPE/NAME.jpg, with masks and TADD_text.json.
+
+    ``kinds`` are the defect types that may be asked about, also of good pictures. Returns the records.
+    """
+    folder, records = Path(folder), []
+    for name, sample in pictures:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sample.image).save(path, quality=QUALITY)
+        if sample.mask.any():
+            mask = path.parents[2] / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sample.mask).save(mask, optimize=True)
+        records.append(record(name, sample, kinds))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_records(records, folder / "TADD_text.json")
+    return records
+
+
+def record(name: str, sample: Sample, kinds: Sequence[str]) -> dict:
+    """What TADD_text.json says about a picture."""
+    return {"image_name": name, "conversation": conversation(sample.known, random.Random(name), kinds=kinds)}

@@ -1,0 +1,1 @@
+"""Training: data, feature cache, one loop for one device or many."""

@@ -1,0 +1,205 @@
+"""What the frozen vision tower makes of pictures, on disk: each picture goes through it once.
+
+    cache = FeatureCache("runs/features", model)
+    cache.fill(pictures)
+    seen = cache.read(pictures[0])
+
+There is one file a picture, read through a memory map. Its name is a hash of all that its content depends on, and the
+folder's of the tower and of how pictures become square. A file gets its name when it is complete: a run that is killed
+leaves all that it has finished, and any number of runs and ranks may fill and read one folder at a time.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from spgdd.errors import DataError
+from spgdd.geometry import SIZE, Placement
+from spgdd.imagebind import ImageFeatures
+from spgdd.imagebind.preprocess import normalise, to_pixels
+from spgdd.images import read_image
+from spgdd.model import SPGDD
+from spgdd.tadd.index import read_mask
+from spgdd.tadd.synthesis import DEFAULT, Settings, synthesise
+
+BATCH = 32  # pictures that the vision tower takes at once
+RECIPE = 1  # number of how pictures become content; another one makes every file anew
+MASK_SHARE = 0.1  # a pixel of the square is defective if this share of it is (AnomalyGPT)
+STALE = 3600  # seconds after which an unfinished file is taken for one of a killed run
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file, or an anomaly made of a normal one."""
+
+    image: Path
+    mask: Path | None = None  # None: nothing is marked in it
+    source: Path | None = None  # the image that an anomaly's patches are cut from; None: the image is as it is
+    settings: Settings = DEFAULT  # of the anomaly
+    number: int = 0  # of the anomaly: others of the same image and source have other numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A picture as the model gets it: with features, or with pixels that are still to be encoded."""
+
+    mask: Tensor  # (224, 224) uint8, 0 to 255: how surely a pixel is defective
+    defects: list[dict]  # of an anomaly, for spgdd.tadd.words
+    pixels: Tensor | None = None  # (3, 224, 224) uint8
+    embedding: Tensor | None = None  # (J,) float32
+    patches: Tensor | None = None  # (L, N, D) float16
+
+
+def look(picture: Picture, fit: str) -> Seen:
+    """Decode a picture, mark or make its defects. Raises ImageError and DataError that name the file."""
+    image = read_image(picture.image)
+    pixels, mask, defects = to_pixels(image, fit), np.zeros((SIZE, SIZE), np.uint8), []
+    if picture.source:
+        there, source = (p.permute(1, 2, 0).numpy() for p in (pixels, to_pixels(read_image(picture.source), fit)))
+        made = synthesise(there, source, picture.settings, np.random.default_rng(picture.number))
+        pixels, defects = torch.from_numpy(np.ascontiguousarray(made.image)).permute(2, 0, 1), made.defects
+        mask = np.rint(255 * made.label).astype(np.uint8)
+    elif picture.mask:
+        mask = np.uint8(255) * (Placement(*image.size, fit).to_map(_marks(picture, image.size)) > MASK_SHARE)
+    return Seen(torch.from_numpy(mask), defects, pixels)
+
+
+def _marks(picture: Picture, size: tuple[int, int]) -> np.ndarray:
+    """The mask file, bool (H, W)."""
+    mend = "Replace it, or take the image out of the text file."
+    try:
+        marks = read_mask(picture.mask)
+    except (OSError, ValueError, KeyError, SyntaxError) as error:  # of Pillow and scipy, on damaged files
+        raise DataError(f"mask {picture.mask} cannot be read ({error}). {mend}") from error
+    if marks.shape[::-1] != size:
+        own, wanted = (f"{width} x {height}" for width, height in (marks.shape[::-1], size))
+        raise DataError(f"mask {picture.mask} has {own} pixels, its image {picture.image} {wanted}. {mend}")
+    return marks
+
+
+class FeatureCache:
+    """Files of ``Seen`` below ``folder``, as this model sees pictures."""
+
+    def __init__(self, folder: str | Path, model: SPGDD):
+        self.model, self.fit = model, model.profile.fit
+        self.folder = Path(folder) / f"{model.fingerprint}-{self.fit}"
+        self._digests: dict[Path, bytes] = {}
+
+    @cached_property
+    def bytes_each(self) -> int:
+        config = self.model.imagebind.config
+        patches = len(config.taps) * (config.image_size // config.patch) ** 2 * config.vision.width
+        return 2 * patches + 4 * config.joint + SIZE**2
+
+    def path(self, picture: Picture) -> Path:
+        """The file of a picture, there or not; reads the files that it depends on, once each."""
+        files = [self._digest(path) if path else b"" for path in (picture.image, picture.mask, picture.source)]
+        how = f"{RECIPE} {picture.settings} {picture.number}" if picture.source else f"{RECIPE}"
+        return self.folder / f"{hashlib.sha256(b'|'.join([*files, how.encode()])).hexdigest()}.safetensors"
+
+    def _digest(self, path: Path) -> bytes:
+        if path not in self._digests:
+            try:
+                self._digests[path] = hashlib.sha256(path.read_bytes()).digest()
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror}). Was it moved since the start?") from error
+        return self._digests[path]
+
+    def fill(self, pictures: Iterable[Picture], rank: int = 0, ranks: int = 1) -> None:
+        """Encode what is not there yet.
+
+        Every rank may call it, on one host or many: each begins at its share, goes on with whatever is missing then,
+        and returns when all is there. Raises DataError where the disk has no room.
+        """
+        pictures = list(dict.fromkeys(pictures))
+        with ThreadPoolExecutor() as pool:
+            of = dict(zip(pool.map(self.path, pictures), pictures, strict=True))
+            missing = self._missing(list(of))
+            start = len(missing) * rank // ranks
+            missing = missing[start:] + missing[:start]
+            parts = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
+            decoding = (
+                [(path, pool.submit(look, of[path], self.fit)) for path in part if not path.exists()] for part in parts
+            )
+            writing = []
+            with tqdm(total=len(missing), desc="features", unit="picture", disable=rank > 0 or not missing) as bar:
+                for part, decoded in zip(parts, ahead(decoding), strict=True):
+                    if decoded:
+                        seen = wait(future for _, future in decoded)
+                        features = zip(*(column.cpu() for column in encode(self.model, seen)), strict=True)
+                        wait(writing)
+                        rows = zip(decoded, seen, features, strict=True)
+                        writing = [pool.submit(_write, path, one, *row) for (path, _), one, row in rows]
+                    bar.update(len(part))
+            wait(writing)
+
+    def _missing(self, paths: Sequence[Path]) -> list[Path]:
+        """The files that are not there, if there is room for them. Unfinished ones of killed runs are removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("*.partial"):
+            with contextlib.suppress(FileNotFoundError):  # another rank may be faster
+                if time.time() - path.stat().st_mtime > STALE:
+                    path.unlink()
+        there = {entry.name for entry in os.scandir(self.folder)}
+        missing = [path for path in paths if path.name not in there]
+        needed, free = len(missing) * self.bytes_each, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise DataError(
+                f"The features of {len(missing)} pictures take {needed / 1e9:.1f} GB, {self.folder} has "
+                f"{free / 1e9:.1f} GB free. Choose another folder or fewer variants, or train without a cache."
+            )
+        return missing
+
+    def read(self, picture: Picture) -> Seen:
+        """What ``fill`` has written of the picture. Raises DataError for a file that is not there or damaged."""
+        path = self.path(picture)
+        try:
+            with safe_open(path, "pt") as file:
+                mask, embedding, patches = (file.get_tensor(name) for name in ("mask", "embedding", "patches"))
+                return Seen(mask, json.loads(file.metadata()["defects"]), None, embedding, patches)
+        except FileNotFoundError:
+            raise DataError(f"{picture.image} is not in the feature cache {self.folder}: fill it first.") from None
+        except SafetensorError as error:
+            raise DataError(f"{path} is damaged ({error}). Delete it and start again: it is made anew.") from error
+
+
+def encode(model: SPGDD, seen: Sequence[Seen]) -> ImageFeatures:
+    """Features of pixels on the model's device: embedding (B, J) float32, patches (B, L, N, D) float16."""
+    parts = [model.encode(normalise(torch.stack([one.pixels for one in seen[i : i + BATCH]])))
+             for i in range(0, len(seen), BATCH)]  # fmt: skip
+    embedding, patches = zip(*parts, strict=True)
+    return ImageFeatures(torch.cat(embedding).float(), torch.cat(patches).half())
+
+
+def _write(path: Path, seen: Seen, embedding: Tensor, patches: Tensor) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    tensors = {"mask": seen.mask, "embedding": embedding, "patches": patches}
+    partial.write_bytes(save(tensors, {"defects": json.dumps(seen.defects)}))
+    os.replace(partial, path)
+
+
+def wait(futures: Iterable[Future]) -> list:
+    """The results; the first error is raised."""
+    return [future.result() for future in futures]
+
+
+def ahead(items: Iterable) -> Iterator:
+    """The items of a lazy iterable, each only when the next one has been started."""
+    for now, _ in itertools.pairwise(itertools.chain(items, [None])):
+        yield now

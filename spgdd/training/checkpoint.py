@@ -1,0 +1,67 @@
+"""Where a run stands, on disk: trained weights, AdamW's moments, position. Whole or not there at all.
+
+    checkpoints/step-00000200/delta.safetensors    the weights; spgdd.load takes it as it is
+                              exp_avg.safetensors, exp_avg_sq.safetensors
+                              position.json
+
+Nothing in it depends on the engine or the number of ranks. Randomness has no state: it follows from seed and step.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from spgdd.errors import SpgddError
+from spgdd.training.engine import MOMENTS
+from spgdd.weights.checkpoint import read_tensors, write_json, write_safetensors
+
+FILES = {"value": "delta.safetensors"} | {kind: f"{kind}.safetensors" for kind in MOMENTS}
+State = Mapping[str, Mapping[str, Tensor]]  # by kind and parameter
+
+
+def save(folder: Path, state: State, position: dict, metadata: dict[str, str], keep: int) -> Path:
+    """Write checkpoint number ``position["step"]`` and remove all but the last ``keep``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob("*.part"):  # of a run that was killed
+        shutil.rmtree(unfinished)
+    final = folder / f"step-{position['step']:08}"
+    if not final.exists():
+        partial = final.with_suffix(".part")
+        partial.mkdir()
+        for kind, file in FILES.items():
+            specs = {name: (value.dtype, tuple(value.shape)) for name, value in state[kind].items()}
+            write_safetensors(partial / file, specs, state[kind].items(), metadata)
+        write_json(partial / "position.json", position)
+        sync(partial)
+        os.replace(partial, final)
+        sync(folder)
+    for old in every(folder)[:-keep]:
+        shutil.rmtree(old.rename(old.with_suffix(".part")))  # half removed it would look like one
+    return final
+
+
+def sync(folder: Path) -> None:
+    """The names in a folder, on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def every(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".part")
+
+
+def load(path: Path) -> tuple[State, dict]:
+    """State and position. Raises WeightsError for a damaged file."""
+    try:
+        position = json.loads((path / "position.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpgddError(f"{path} is damaged ({error}). Delete it: the run goes on from the one before.") from error
+    return {kind: read_tensors(path / file) for kind, file in FILES.items()}, position

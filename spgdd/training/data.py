@@ -1,0 +1,247 @@
+"""Training data: TADD's text, self-supervised anomalies and PandaGPT's instructions, as batches of features.
+
+    data = TrainingData(model, "data/TADD/TADD_text.json", "data/TADD", cache="runs/features")
+    data.fill()
+    for batch in data.batches(data.order(epoch=0, seed=0, batch=16), epoch=0):
+        ...
+
+All that is random about an example (which of its conversations, which anomaly, which and how many normal pictures)
+follows from (seed, epoch, index), and the order of an epoch from (seed, epoch, batch): nothing is to be remembered, and
+every rank finds the same.
+"""
+
+import itertools
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spgdd.errors import DataError
+from spgdd.geometry import SIZE
+from spgdd.imagebind import ImageFeatures
+from spgdd.model import SPGDD
+from spgdd.tadd.grammar import VOCABULARY
+from spgdd.tadd.index import Row, index_folder
+from spgdd.tadd.records import read_records
+from spgdd.tadd.synthesis import DEFAULT, SETTINGS
+from spgdd.tadd.words import conversation
+from spgdd.training.cache import FeatureCache, Picture, Seen, ahead, encode, look, wait
+
+WINDOW = 64  # batches among which examples of like length are put together
+MARKERS = 5  # tokens of the format around a question or an answer, roughly
+ORDINARY = {"type": "anomaly", "place": "center", "box": (90, 90, 134, 134), "area": 0.04, "contrast": 0.2}
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """What examples are drawn from."""
+
+    pictures: list[Picture]  # one, or several anomalies of which each epoch sees one
+    talks: list[list[dict]]  # conversations, of which each epoch sees one; none: made up about the anomaly
+    product: str = "object"
+    normals: tuple[Picture, ...] = ()  # good pictures of the same product, this one may be among them
+    masked: bool = False  # whether it is known which pixels are defective
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    key: str  # for messages
+    product: str
+    conversation: list[dict]  # [{"from": "human" | "gpt", "value": text}, ...]
+    seen: Seen
+    normals: list[Seen]
+    masked: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    keys: list[str]
+    features: ImageFeatures  # embedding (B, J) float32, patches (B, L, N, D) float16
+    products: list[str]
+    conversations: list[list[dict]]
+    masks: Tensor | None  # (B, 224, 224) float32, 0 to 1; None: not known
+    normals: list[Tensor | None] | None  # (K, L, N, D) float16 of each example, None without any; None: none has any
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor changed."""
+        normals = self.normals and [None if tensor is None else change(tensor) for tensor in self.normals]
+        masks = None if self.masks is None else change(self.masks)
+        return Batch(
+            self.keys, ImageFeatures(*map(change, self.features)), self.products, self.conversations, masks, normals
+        )
+
+
+class TrainingData:
+    """Examples from a text file about TADD's images, and from a chat file such as PandaGPT's; one may be missing.
+
+    text, images: the text file, and the folder of its images, in layouts that ``spgdd.tadd.index`` knows. An image
+    outside of them is taken for an "object" without mask and normal pictures.
+    chat, chat_images: the same, without masks and products.
+    cache: folder of the feature cache; None encodes on the fly, again in each epoch.
+    variants: anomalies made of each good image that the text file names; an epoch sees one of them.
+    shots: an example gets one of these numbers of normal pictures, or as many as there are.
+    turns, chat_turns: conversations are cut to so many questions.
+    Raises DataError that names the file and what mends it.
+    """
+
+    def __init__(
+        self, model: SPGDD, text: str | Path | None = None, images: str | Path | None = None, *,
+        chat: str | Path | None = None, chat_images: str | Path | None = None, cache: str | Path | None = None,
+        variants: int = 1, shots: Sequence[int] = (0, 1, 2, 4), turns: int | None = None, chat_turns: int | None = 2,
+        seed: int = 0,
+    ):  # fmt: skip
+        for file, folder in ((text, images), (chat, chat_images)):
+            if file and not folder:
+                raise DataError(f"In which folder are the images of {file}? Give --image_root_path or --chat_images.")
+        self.model, self.shots, self.turns, self.seed = model, tuple(shots), turns, seed
+        self.cache = FeatureCache(cache, model) if cache else None
+        self.items = _tadd_items(Path(text), Path(images), turns, variants) if text else []
+        if chat:
+            records = read_records(chat, chat_images, chat_turns)
+            self.items += [Item([Picture(record.image)], [record.conversation]) for record in records]
+        if not self.items:
+            raise DataError("There is nothing to train on: give a text file with records, or a chat file.")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def products(self) -> list[str]:
+        return sorted({item.product for item in self.items})
+
+    def fill(self, rank: int = 0, ranks: int = 1) -> None:
+        """Encode into the cache what is not in it; see ``FeatureCache.fill``. Without a cache, do nothing."""
+        if self.cache:
+            normals = {id(item.normals): item.normals for item in self.items}.values()  # shared by a product's items
+            lists = [*(item.pictures for item in self.items), *(normals if any(self.shots) else ())]
+            self.cache.fill(itertools.chain.from_iterable(lists), rank, ranks)
+
+    def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
+        """The epoch's batches of ``batch`` examples over all ranks: examples of like length, in random order.
+
+        A batch has masks in it or none. After each one with masks comes one without, as AnomalyGPT alternates its own
+        with PandaGPT's data: where there are more of these, every epoch draws other ones. What does not make a full
+        batch is left to other epochs, unless it is all there is.
+        """
+        rng, streams = random.Random(f"order {seed} {epoch}"), []
+        for masked in (True, False):
+            rows = [index for index, item in enumerate(self.items) if item.masked is masked]
+            rng.shuffle(rows)
+            rows = rows[: len(rows) // batch * batch or len(rows)]
+            if streams and streams[0]:
+                rows = rows[: len(streams[0]) * batch]
+            windows = [rows[i : i + WINDOW * batch] for i in range(0, len(rows), WINDOW * batch)]
+            rows = [index for window in windows for index in sorted(window, key=lambda i: self._length(i, epoch))]
+            batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+            rng.shuffle(batches)
+            streams.append(batches)
+        places = [((i + 0.5) / len(stream), stream[i]) for stream in streams for i in range(len(stream))]
+        return [rows for _, rows in sorted(places, key=lambda place: place[0])]
+
+    def batches(self, plan: Iterable[Sequence[int]], epoch: int) -> Iterator[Batch]:
+        """The batches of a plan, such as ``order`` or what a rank takes of it; one is made ahead in other threads."""
+        with ThreadPoolExecutor() as readers, ThreadPoolExecutor(1) as joiner:
+
+            def begin(rows: Sequence[int]) -> Future:
+                examples = [readers.submit(self.example, index, epoch) for index in rows]
+                return joiner.submit(lambda: self.collate(wait(examples)))
+
+            for batch in ahead(begin(rows) for rows in plan):
+                yield batch.result()
+
+    def example(self, index: int, epoch: int) -> Example:
+        item, rng = self.items[index], random.Random(f"{self.seed} {epoch} {index}")
+        picture = rng.choice(item.pictures)
+        others = [normal for normal in item.normals if normal.image != picture.image]
+        chosen = rng.sample(others, min(rng.choice(self.shots), len(others)))
+        seen = self._read(picture)
+        key = f"{picture.image}, anomaly {picture.number}" if picture.source else str(picture.image)
+        talk = self._talk(index, epoch, seen.defects)
+        return Example(key, item.product, talk, seen, [self._read(normal) for normal in chosen], item.masked)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """The examples as a batch: on the CPU with a cache, else encoded here and on the model's device."""
+        every = [one for example in examples for one in (example.seen, *example.normals)]
+        if self.cache:
+            rows, stack = iter([(one.embedding, one.patches) for one in every]), stack_pinned
+        else:
+            rows, stack = zip(*encode(self.model, every), strict=True), torch.stack
+        own, normals = [], []
+        for example in examples:
+            own.append(next(rows))
+            patches = [next(rows)[1] for _ in example.normals]
+            normals.append(stack(patches) if patches else None)  # (K, L, N, D)
+        masked = all(example.masked for example in examples)
+        return Batch(
+            keys=[example.key for example in examples],
+            features=ImageFeatures(*map(stack, zip(*own, strict=True))),
+            products=[example.product for example in examples],
+            conversations=[example.conversation for example in examples],
+            masks=stack_pinned([example.seen.mask / 255 for example in examples]) if masked else None,
+            normals=None if all(one is None for one in normals) else normals,
+        )
+
+    def _read(self, picture: Picture) -> Seen:
+        return self.cache.read(picture) if self.cache else look(picture, self.model.profile.fit)
+
+    def _talk(self, index: int, epoch: int, defects: list[dict]) -> list[dict]:
+        """One of the conversations about a picture, or a new one about an anomaly's defects."""
+        item, rng = self.items[index], random.Random(f"talk {self.seed} {epoch} {index}")
+        if item.talks:
+            return rng.choice(item.talks)
+        sample = {"product": item.product, "family": "", "size": (SIZE, SIZE), "defects": defects}
+        return conversation(sample, rng, rng.randint(1, self.turns or 4), kinds=())
+
+    def _length(self, index: int, epoch: int) -> int:
+        """About how many tokens an example's conversation has; of an anomaly, were it an ordinary one."""
+        return sum(MARKERS + len(turn["value"].split()) for turn in self._talk(index, epoch, [ORDINARY]))
+
+
+def stack_pinned(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, where there is a GPU in memory that it copies from while it computes."""
+    shape = len(tensors), *tensors[0].shape
+    return torch.stack(tensors, out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=torch.cuda.is_available()))
+
+
+def _tadd_items(text: Path, images: Path, turns: int | None, variants: int) -> list[Item]:
+    """One item an image that the text file names, and of a good one another with its anomalies."""
+    rows, talks, good = {}, defaultdict(list), defaultdict(list)
+    for row in index_folder(images, check=False).rows:
+        rows[images / row.image] = row
+        if row.defect_type == "good":
+            good[row.subset, row.product].append(row)
+    for record in read_records(text, images, turns):
+        talks[record.image].append(record.conversation)
+    normals = {}
+    for product, those in good.items():
+        those = [row for row in those if row.split == "train"] or those
+        normals[product] = tuple(Picture(images / row.image) for row in those)
+    items = []
+    for image, said in talks.items():
+        if image not in rows:
+            items.append(Item([Picture(image)], said))
+            continue
+        row = rows[image]
+        name = VOCABULARY["spoken_names"].get(row.product, row.product.replace("_", " "))
+        known, is_good = normals.get((row.subset, row.product), ()), row.defect_type == "good"
+        picture = Picture(image, images / row.mask if row.mask else None)
+        items.append(Item([picture], said, name, known, is_good or bool(row.mask)))
+        if is_good and variants:
+            items.append(Item(_anomalies(image, row, known, variants), [], name, known, True))
+    return items
+
+
+def _anomalies(image: Path, row: Row, normals: Sequence[Picture], count: int) -> list[Picture]:
+    """Anomalies on a good image, with patches of other normal images of the product where there are any."""
+    rng = random.Random(row.image)
+    sources = [normal.image for normal in normals if normal.image != image] or [image]
+    settings = SETTINGS.get(row.product) or SETTINGS.get(row.subset, DEFAULT)
+    return [Picture(image, None, rng.choice(sources), settings, rng.randrange(2**32)) for _ in range(count)]

@@ -1,0 +1,280 @@
+"""The training loop, the same for a notebook, the command, one device and many.
+
+    history = train(model, data, load_settings("workshop"), "runs/first")
+
+A step is a function of the weights and its number: which examples it sees, what is drawn at random and how fast it
+learns follow from seed and step. That is why a run goes on exactly where it was stopped.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint as recompute
+
+from spgdd import __version__
+from spgdd.errors import DataError, SpgddError
+from spgdd.language.conversation import IGNORE, encode_turns
+from spgdd.model import SPGDD
+from spgdd.profiles import LANGUAGE_PARTS, SPGDD_PARTS
+from spgdd.training import checkpoint
+from spgdd.training.cache import ahead
+from spgdd.training.engine import ENGINES, micro_batch
+from spgdd.training.evaluation import evaluate
+from spgdd.training.log import Log
+from spgdd.training.settings import FREE, Settings
+
+
+def train(
+    model: SPGDD, data, settings: Settings, folder: str | Path, *, held_out=None, engine: str = "torch",
+    resume: bool = False, log_folder: str | Path | None = None,
+) -> list[dict]:  # fmt: skip
+    """Train LoRA, the projection and the parts that are SPGDD's own; returns the lines of the log.
+
+    ``data`` and ``held_out`` are ``TrainingData`` or alike. Writes ``folder``/delta.safetensors at the end,
+    checkpoints in ``folder``/checkpoints on the way, and the log in ``log_folder`` (default: ``folder``). ``resume``
+    goes on from the last checkpoint, or begins where there is none. Ctrl-C and SIGTERM save first.
+
+    Raises SpgddError for a folder that holds a run and for settings that contradict it, TrainingError for a loss that
+    is not a number, DataError for data that do not make a batch.
+    """
+    folder, checkpoints = Path(folder), Path(folder) / "checkpoints"
+    there = checkpoint.every(checkpoints)
+    if there and not resume:
+        raise SpgddError(f"There is a run in {folder}. Go on with --resume (resume=True), or choose another folder.")
+    with prepared(model, settings, data) as (objective, parameters), stopping() as asked:
+        worker = ENGINES[engine](objective, parameters, settings, base(model).dtype == torch.float16)
+        length = len(data.order(0, settings.seed, settings.batch))
+        total, done = settings.steps or settings.epochs * length, 0
+        if there:
+            done = go_on(there[-1], worker, settings, data)
+        log = Log(Path(log_folder or folder), worker, total, settings.batch, done)
+
+        def save() -> None:
+            log.write(done / length, checkpoints)  # what is not a number is not saved
+            state = worker.state()
+            if worker.rank == 0:
+                position = {"step": done, "examples": len(data), "loss_scale": worker.scale.state}
+                position["settings"] = dataclasses.asdict(settings)
+                about = {"profile": model.profile.name, "step": str(done), "spgdd": __version__}
+                checkpoint.save(checkpoints, state, position, about, settings.keep)
+            worker.gather(None)  # wait for the files
+            log.restart_clock()
+
+        try:
+            for micros in read(data, model, settings, worker, length, done, total):
+                own = map(sum, zip(*(counts for _, counts in micros), strict=True))
+                *sums, stop = worker.sum([*own, len(asked)])
+                if stop:  # all ranks stop before the same step
+                    if done:
+                        save()
+                    stop_here(asked, done)
+                figures = learn(worker, micros, sums, settings, done)
+                rate = settings.learning_rate * pace(done, total, settings)
+                with record_function("optimiser"):
+                    norm = worker.step(rate)
+                done += 1
+                log.step(done, figures, [key for batch, _ in micros for key in batch.keys], rate, norm, sums[2])
+                if done % settings.log_every == 0:
+                    log.write(done / length, checkpoints)
+                if held_out and settings.evaluate_every and (done % settings.evaluate_every == 0 or done == total):
+                    log.put({"step": done, **evaluate(model, held_out, settings)})
+                    log.restart_clock()
+                if done % settings.save_every == 0 or done == total:
+                    save()
+        finally:
+            log.close()
+        if worker.rank == 0:
+            last = checkpoint.every(checkpoints)[-1] / checkpoint.FILES["value"]
+            Path(shutil.copy(last, folder / "delta.part")).replace(folder / last.name)
+        worker.gather(None)
+    return log.lines
+
+
+class Objective(nn.Module):
+    """What is minimised, as a module: what an engine may cut up or fetch, and not the frozen encoder."""
+
+    def __init__(self, model: SPGDD, max_length: int):
+        super().__init__()
+        self.language = model.language
+        self.ours = nn.ParameterList(p for name, p in model.named_parameters() if name.startswith(SPGDD_PARTS))
+        self.compute = lambda batch: model.training_loss(
+            batch.features, batch.products, batch.conversations, batch.masks, batch.normals, max_length
+        )
+
+    def forward(self, batch):
+        found = self.compute(batch)
+        # No parameter is left out, whatever the batch lacks: AdamW would pass it over, and ranks would not agree.
+        return found._replace(total=found.total + 0.0 * sum(parameter.sum() for parameter in self.ours))
+
+
+def base(model: SPGDD) -> nn.Module:
+    """The language model that LoRA was put into."""
+    return model.language.llama_model.get_base_model()
+
+
+@contextmanager
+def prepared(model: SPGDD, settings: Settings, data) -> Iterator[tuple[Objective, dict[str, nn.Parameter]]]:
+    """The model ready to be trained, with what is trained by name; left in evaluation mode, as it was."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        ours = name.startswith(tuple(f"{part}." for part in (*SPGDD_PARTS, *LANGUAGE_PARTS)))
+        parameter.requires_grad_(ours and ("lora_" in name or "llama_model." not in name))
+        if parameter.requires_grad:
+            parameters[name] = parameter
+    language, llama = model.language, base(model)
+    for layer in language.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_dropout["default"] = nn.Dropout(settings.lora_dropout)
+    language.pad_to = settings.pad_to
+    for layer in llama.model.layers:
+        layer.gradient_checkpointing = settings.checkpointing
+        layer._gradient_checkpointing_func = partial(recompute, use_reentrant=False)
+        if settings.compile:
+            layer.compile()
+    tower, device = model.imagebind.modality_trunks["vision"], model.device
+    precision = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for maps and prompt learner
+    if data.cache is not None:
+        _ = model.fingerprint  # reads the tower
+        tower.to("cpu")
+    model.train()
+    model.imagebind.eval()
+    try:
+        yield Objective(model, settings.max_tgt_len), parameters
+    finally:
+        model.eval()
+        model.zero_grad()
+        tower.to(device)
+        torch.set_float32_matmul_precision(precision)
+        for layer in llama.model.layers:
+            layer.gradient_checkpointing, layer._compiled_call_impl = False, None
+        language.pad_to = 1
+
+
+def read(data, model: SPGDD, settings: Settings, worker, length: int, done: int, total: int) -> Iterator[list[tuple]]:
+    """This rank's micro-batches with their ``count``, a list for every step after ``done``; the next is being read."""
+    micro = micro_batch(settings, worker.ranks)
+    for epoch in itertools.count(done // length):
+        first, last = max(done - epoch * length, 0), min(total - epoch * length, length)
+        if last <= 0:
+            return
+        plan = []
+        for rows in data.order(epoch, settings.seed, settings.batch)[first:last]:
+            if len(rows) % worker.ranks:
+                raise DataError(f"{len(rows)} examples, fewer than a batch, cannot be shared by {worker.ranks} ranks.")
+            own = rows[worker.rank :: worker.ranks]
+            plan.append([own[i : i + micro] for i in range(0, len(own), micro)])
+        stream = data.batches(itertools.chain.from_iterable(plan), epoch)
+
+        def step(parts: list, stream=stream) -> list[tuple]:
+            found = [next(stream) for _ in parts]
+            if worker.device.type == "cuda":  # a GPU fetches from pinned memory without making anybody wait
+                found = [batch.each(Tensor.pin_memory) if data.cache is not None else batch for batch in found]
+            return [(batch, count(model, batch, settings)) for batch in found]
+
+        with ThreadPoolExecutor(1) as pool:
+            for waiting in ahead(pool.submit(step, parts) for parts in plan):
+                yield waiting.result()
+
+
+def count(model: SPGDD, batch, settings: Settings) -> tuple[int, int, int]:
+    """Answer tokens of a micro-batch, its images with masks, and all tokens of its conversations."""
+    turns = [encode_turns(model.language.tokenizer, talk, settings.max_tgt_len, "") for talk in batch.conversations]
+    answers = sum(target != IGNORE for _, targets in turns for target in targets)
+    return answers, 0 if batch.masks is None else len(batch.keys), sum(len(ids) for ids, _ in turns)
+
+
+def learn(worker, micros: list[tuple], sums: list[float], settings: Settings, step: int) -> dict[str, Tensor]:
+    """Gradients of a step; returns this rank's shares of its figures. ``sums``: the ``count`` of the whole batch.
+
+    A loss is a mean over the whole batch, of answer tokens or of images with masks, however ranks and accumulation cut
+    it: each micro-batch's mean gets the weight of its part.
+    """
+    figures = {}
+    with worker.accumulate():
+        for number, (batch, own) in enumerate(micros):
+            draw = np.random.SeedSequence((settings.seed, step, number, worker.rank)).generate_state(1, np.uint64)
+            torch.manual_seed(int(draw[0]))
+            tokens, images = (part / whole if whole else 0.0 for part, whole in zip(own[:2], sums[:2], strict=True))
+            with record_function("forward"):
+                found = worker.module(batch.to(worker.device))
+                loss = tokens * found.language + images * (found.total - found.language)
+            with record_function("backward"):
+                worker.backward(loss)
+            shares = {"loss": loss, "language": tokens * found.language}
+            shares |= {"token_accuracy": tokens * found.token_accuracy}
+            shares |= {name: images * value for name, value in found.parts.items()}
+            for name, value in shares.items():
+                figures[name] = figures.get(name, 0.0) + value.detach()
+    return figures
+
+
+def pace(step: int, total: int, settings: Settings) -> float:
+    """Share of the learning rate in a step, the first is 0."""
+    rising = round(settings.warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    behind = (step - rising) / (total - rising)
+    return {"cosine": (1 + math.cos(math.pi * behind)) / 2, "linear": 1 - behind, "constant": 1.0}[settings.schedule]
+
+
+def go_on(path: Path, worker, settings: Settings, data) -> int:
+    """Put a checkpoint into the worker; returns its step. Raises SpgddError if it is one of another run."""
+    state, position = checkpoint.load(path)
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    others = [f"{name} {was!r} there, {now.get(name)!r} here" for name, was in position["settings"].items()
+              if name not in FREE and now.get(name) != was]  # fmt: skip
+    if position["examples"] != len(data):
+        others.append(f"{position['examples']} examples there, {len(data)} here")
+    if state["value"].keys() != worker.parameters.keys():
+        others.append("other parameters, of another profile")
+    if others:
+        raise SpgddError(f"{path} belongs to another run: {'; '.join(others)}. Resume with what it began with.")
+    worker.load(state, position["step"])
+    worker.scale.state = position["loss_scale"]
+    return position["step"]
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that gets the number of a signal to stop; the second Ctrl-C is the ordinary one."""
+    asked = []
+
+    def note(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_here(asked: Sequence[int], done: int) -> None:
+    print(f"Stopped after step {done}. --resume (resume=True) goes on from there.", file=sys.stderr)
+    if signal.SIGINT in asked:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + signal.SIGTERM)

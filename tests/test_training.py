@@ -1,0 +1,349 @@
+"""The training loop: what a step is made of, stopping and going on, one rank and two, settings, logs, the command."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import spgdd.training.log
+from conftest import ROOT
+from spgdd import cli
+from spgdd.errors import SpgddError
+from spgdd.training import checkpoint
+from spgdd.training.engine import LossScale
+from spgdd.training.log import TrainingError
+from spgdd.training.loop import pace, train
+from spgdd.training.settings import Settings, load_settings
+from spgdd.weights.delta import apply_delta, load_delta
+from tiny_training import TinyData, settings, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def delta(folder):
+    return load_file(folder / "delta.safetensors")
+
+
+def furthest(first, second):
+    """The largest difference between two deltas."""
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def losses(history, name="loss"):
+    return [line[name] for line in history if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run to compare with: folder, lines of its log, the model."""
+    folder, model = tmp_path_factory.mktemp("plain"), tiny_model()
+    torch.set_num_threads(1)
+    return folder, train(model, TinyData(), settings(epochs=1, lora_dropout=0.0), folder), model
+
+
+# A step
+
+
+def test_a_batch_may_be_cut_as_memory_asks(plain, tmp_path):
+    """Language loss by answer tokens, pixel losses by images: the sum of the parts is the whole."""
+    folder, history, _ = plain
+    cut = train(tiny_model(), TinyData(), settings(epochs=1, lora_dropout=0.0, micro_batch=1), tmp_path)
+    for name in ("loss", "language", "token_accuracy", "gradient_norm"):
+        assert losses(cut, name) == pytest.approx(losses(history, name), abs=2e-5), name
+    assert furthest(delta(folder), delta(tmp_path)) < 1e-4
+
+
+def test_recomputation_and_padding_change_nothing(plain, tmp_path):
+    options = {"epochs": 1, "lora_dropout": 0.0, "checkpointing": True, "pad_to": 64}
+    again = train(tiny_model(), TinyData(), settings(**options), tmp_path)
+    assert losses(again) == pytest.approx(losses(plain[1]), abs=2e-5)
+    assert furthest(delta(plain[0]), delta(tmp_path)) < 1e-4
+
+
+def test_layers_compile_to_one_graph_and_are_left_as_they_were(plain, tmp_path, monkeypatch):
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model()
+    options = {"epochs": 1, "steps": 2, "lora_dropout": 0.0, "compile": True, "pad_to": 64, "schedule": "constant"}
+    train(model, TinyData(), settings(**options), tmp_path)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert all(layer._compiled_call_impl is None for layer in model.language.llama_model.get_base_model().model.layers)
+
+
+def test_only_lora_and_the_projection_and_the_own_parts_learn(plain):
+    fresh, trained = dict(tiny_model().named_parameters()), dict(plain[2].named_parameters())
+    changed = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
+    written = delta(plain[0])
+    assert changed <= written.keys() and "language.llama_proj.weight" in changed
+    assert {name.split(".")[0] for name in changed} == {
+        "language", "image_decoder", "prompt_learner", "memory", "comparison", "focus", "memory_tokens",
+        "abnormal_prompts",
+    }  # fmt: skip
+    assert all("lora_" in name for name in written if "llama_model" in name)
+    assert not any(module.training for module in plain[2].modules())
+
+
+def test_the_delta_makes_another_model_the_same(plain):
+    folder, _, model = plain
+    other = tiny_model()
+    apply_delta(other, load_delta(folder / "delta.safetensors"))
+    assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in other.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_is_trained_in_float32(plain, tmp_path, dtype):
+    model = tiny_model(dtype)
+    history = train(model, TinyData(), settings(epochs=1, lora_dropout=0.0, learning_rate=1e-4), tmp_path)
+    assert all(value.dtype == torch.float32 for value in delta(tmp_path).values())
+    assert losses(history)[0] == pytest.approx(losses(plain[1])[0], abs=0.02)
+    position = checkpoint.load(checkpoint.every(tmp_path / "checkpoints")[-1])[1]
+    overflown = sum(norm is None for norm in losses(history, "gradient_norm"))
+    assert position["loss_scale"][0] == (2.0**16 / 2**overflown if dtype == torch.float16 else 1.0)
+
+
+def test_the_loss_scale_falls_at_an_overflow_and_rises_again(monkeypatch):
+    monkeypatch.setattr("spgdd.training.engine.PATIENCE", 3)
+    scale = LossScale(True)
+    for finite, expected in ((False, 2**15), (False, 2**14), (True, 2**14), (True, 2**14), (True, 2**15)):
+        scale.update(finite)
+        assert scale.value == expected
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.00077), ("linear", 1 / 90), ("constant", 1.0)])
+def test_the_learning_rate_rises_and_falls(schedule, last):
+    chosen = Settings(warmup=0.1, schedule=schedule)
+    rates = [pace(step, 100, chosen) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)]) and rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] == pytest.approx(last, abs=5e-4)
+
+
+# Stopping and going on
+
+
+def run_apart(job, folder, options, count=1):
+    """Runs in processes of their own, at once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [sys.executable, Path(__file__).with_name("tiny_training.py"), job, folder, json.dumps(options)]
+    started = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert not any(process.returncode for process in started), said[0][-3000:]
+
+
+def test_killed_twenty_times_and_resumed_the_weights_are_the_same_bit_for_bit(tmp_path):
+    run_apart("chain", tmp_path, {"seed": 1, "kills": 20})
+    whole, killed = (delta(tmp_path / name) for name in ("whole", "killed"))
+    assert furthest(whole, killed) == 0.0
+    lines = [[line["loss"] for line in spgdd.training.log.read(tmp_path / name / "train.jsonl")]
+             for name in ("whole", "killed")]  # fmt: skip
+    assert lines[0] == lines[1] and len(lines[0]) == 36
+    kept = sorted(path.name for path in (tmp_path / "killed/checkpoints").iterdir())
+    assert kept == ["step-00000035", "step-00000036"]
+
+
+class Interrupted(TinyData):
+    """Sends this process a signal while a step's data are read."""
+
+    def __init__(self, number, at):
+        super().__init__()
+        self.number, self.left = number, at
+
+    def collate(self, examples):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        return super().collate(examples)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, capfd, number, ends):
+    options = settings(epochs=1, save_every=100)
+    with pytest.raises(ends):
+        train(tiny_model(), Interrupted(number, at=4), options, tmp_path / "cut")
+    (saved,) = checkpoint.every(tmp_path / "cut/checkpoints")  # data are read ahead of their step
+    assert saved.name in ("step-00000002", "step-00000003")
+    assert f"Stopped after step {saved.name[-1]}." in capfd.readouterr().err
+    again = train(tiny_model(), TinyData(), options, tmp_path / "cut", resume=True)
+    whole = train(tiny_model(), TinyData(), options, tmp_path / "whole")
+    assert losses(again) == losses(whole)
+    assert furthest(delta(tmp_path / "cut"), delta(tmp_path / "whole")) == 0.0
+
+
+def test_another_runs_folder_is_refused(plain, tmp_path):
+    shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(SpgddError, match="There is a run in .*--resume"):
+        train(tiny_model(), TinyData(), settings(epochs=1), tmp_path)
+    with pytest.raises(SpgddError, match="another run: epochs 1 there, 2 here; 24 examples there, 48 here"):
+        train(tiny_model(), TinyData(48), settings(epochs=2, lora_dropout=0.0), tmp_path, resume=True)
+    done = train(tiny_model(), TinyData(), settings(epochs=1, lora_dropout=0.0, keep=1), tmp_path, resume=True)
+    assert losses(done) == losses(plain[1]), "a finished run that is resumed is finished"
+
+
+class Broken(TinyData):
+    """One of its examples is not a number."""
+
+    def example(self, index, epoch):
+        key, *rest = super().example(index, epoch)
+        if index == 5:
+            rest[3] = rest[3] * float("nan")
+        return key, *rest
+
+
+def test_a_loss_that_is_not_a_number_names_its_batch_and_leaves_the_last_checkpoint(tmp_path):
+    options = settings(epochs=1, save_every=1, log_every=100)
+    order = Broken().order(0, options.seed, options.batch)
+    step = next(number for number, rows in enumerate(order, 1) if 5 in rows)
+    with pytest.raises(TrainingError, match=f"step {step} is not a number. .*picture 5.*step-0000000{step - 1};"):
+        train(tiny_model(), Broken(), options, tmp_path)
+    last = checkpoint.load(checkpoint.every(tmp_path / "checkpoints")[-1])
+    assert last[1]["step"] == step - 1
+    assert all(value.isfinite().all() for values in last[0].values() for value in values.values())
+
+
+# Ranks
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux")
+def test_two_ranks_learn_what_one_learns_and_one_goes_on_where_two_stopped(tmp_path):
+    pytest.importorskip("deepspeed")
+    options = {"epochs": 2, "lora_dropout": 0.0, "keep": 9}
+    third = json.loads((ROOT / "spgdd/training/presets/paper.json").read_text()) | {"zero_optimization": {"stage": 3}}
+    (tmp_path / "third.json").write_text(json.dumps(third))
+    zero3 = options | {"name": "zero3", "deepspeed": str(tmp_path / "third.json")}
+    run_apart("ranks", tmp_path, [options | {"name": "two"}, zero3], count=2)
+    shutil.copytree(tmp_path / "two", tmp_path / "resumed")
+    for path in checkpoint.every(tmp_path / "resumed/checkpoints")[2:]:  # as if it had stopped after the second
+        shutil.rmtree(path)
+    run_apart("ranks", tmp_path, [options | {"name": "one"}, options | {"name": "resumed", "resume": True}])
+    two, one, resumed = (spgdd.training.log.read(tmp_path / name / "train.jsonl") for name in ("two", "one", "resumed"))
+    assert len(two) == len(one) == len(resumed) == 12
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    assert losses(resumed) == pytest.approx(losses(two), abs=1e-4)
+    assert furthest(delta(tmp_path / "two"), delta(tmp_path / "one")) < 1e-4
+    assert furthest(delta(tmp_path / "resumed"), delta(tmp_path / "two")) < 1e-4
+    assert losses(spgdd.training.log.read(tmp_path / "zero3/train.jsonl")) == pytest.approx(losses(one), abs=1e-4)
+
+
+# Settings
+
+
+def test_the_paper_preset_is_what_its_authors_state():
+    paper = load_settings("paper")
+    assert (paper.epochs, paper.batch, paper.learning_rate, paper.max_tgt_len) == (50, 16, 1e-2, 1014)
+    assert load_settings("paper", learning_rate=3e-4).learning_rate == 3e-4
+
+
+def test_every_mistake_in_the_files_is_told_at_once(tmp_path):
+    (tmp_path / "mine.yaml").write_text("epoch: 3\nlearning_rate: 0.1\nbatch: 8\nwarmup: 2\ncompile: yes please\n")
+    (tmp_path / "mine.json").write_text(json.dumps({
+        "train_batch_size": 16, "bf16": {"enable": True}, "fp16": {"enabled": True, "opt_level": "O2"},
+        "scheduler": {"type": "WarmupDecayLR"}, "zero_optimization": {"stag": 2},
+        "optimizer": {"type": "Lion", "params": {"lr": 0, "beta": 1}},
+    }))  # fmt: skip
+    with pytest.raises(SpgddError) as error:
+        load_settings(tmp_path / "mine.yaml", clip="no", steps=-1)
+    for part in (
+        "mine.yaml: there is no epoch; did you mean epochs?",
+        "learning_rate is set in mine.json, under optimizer.params",
+        "mine.yaml: batch is 8, but 16 in", "warmup must be below 1", "compile must be bool, received 'yes please'",
+        "did you mean bf16.enabled?", "there is no fp16.opt_level", "scheduler has no effect here; instead: warmup",
+        "did you mean zero_optimization.stage?", "optimizer.type is Lion", "did you mean optimizer.params.betas?",
+        "learning_rate must be above 0", "clip must be float, received 'no'", "steps must be at least 0",
+    ):  # fmt: skip
+        assert part in str(error.value), part
+    with pytest.raises(SpgddError, match="no preset 'papers': choose one of paper, recommended, workshop"):
+        load_settings("papers")
+    (tmp_path / "both.json").write_text('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}')
+    with pytest.raises(SpgddError, match="fp16 and bf16 are both enabled"):
+        load_settings("paper", tmp_path / "both.json")
+
+
+def test_a_deepspeed_file_sets_the_optimiser_for_both_engines(tmp_path):
+    file = tmp_path / "own.json"
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    file.write_text(json.dumps({
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.8, 0.9]}}, "gradient_clipping": 0.5,
+        "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2, "zero_optimization": zero,
+    }))  # fmt: skip
+    with pytest.raises(SpgddError, match="micro_batch is 4, but 2 in"):
+        load_settings("paper", file)
+    (tmp_path / "own.yaml").write_text("epochs: 2\n")
+    own = load_settings(tmp_path / "own.yaml")
+    assert (own.learning_rate, own.betas, own.clip) == (3e-3, (0.8, 0.9), 0.5)
+    assert (own.precision, own.micro_batch) == ("bfloat16", 2)
+    assert own.sections == {"zero_optimization": zero}
+
+
+# What a run tells
+
+
+def test_the_log_has_figures_parts_and_answers(tmp_path):
+    options = settings(epochs=1, log_every=2, evaluate_every=3, evaluate_on=6, answers=2)
+    history = train(tiny_model(), TinyData(), options, tmp_path, held_out=TinyData(6), log_folder=tmp_path / "log")
+    assert history == spgdd.training.log.read(tmp_path / "log/train.jsonl")
+    assert [line["step"] for line in history] == [2, 3, 4, 6, 6]
+    figures = history[0]
+    parts = sum(figures[name] for name in ("focal", "dice", "triplet", "matching") if name in figures)
+    assert {"language", "token_accuracy", "samples_per_second", "tokens_per_second", "learning_rate"} <= figures.keys()
+    assert figures["loss"] > figures["language"] and parts > 0
+    held_out = history[1]
+    assert held_out["held_out"].keys() >= {"loss", "token_accuracy"} and len(held_out["answers"]) == 2
+    assert held_out["answers"][0].keys() == {"question", "expected", "answered"}
+    pytest.importorskip("tensorboard")
+    assert list((tmp_path / "log").glob("events.out.tfevents.*"))
+
+
+def test_a_notebook_gets_one_picture_that_is_redrawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import IPython.display
+
+    shown, updated = [], []
+
+    class Handle:
+        def update(self, picture):
+            updated.append(picture)
+
+    monkeypatch.setattr(spgdd.training.log, "in_notebook", lambda: True)
+    monkeypatch.setattr(spgdd.training.log.Curve, "SECONDS", 0)
+    monkeypatch.setattr(IPython.display, "display", lambda picture, display_id: shown.append(picture) or Handle())
+    train(tiny_model(), TinyData(), settings(epochs=1, steps=3), tmp_path)
+    assert len(shown) == 1 and len(updated) == 3 and updated[-1].data[:4] == b"\x89PNG"
+
+
+def test_the_command_trains_mini_on_the_fly(tmp_path, capsys):
+    text = ROOT / "data/mini/TADD_text.json"
+    common = ["train", "--profile", "mini", "--preset", "workshop", "--data_path", str(text), "--on_the_fly"]
+    short = ["--steps", "1", "--batch", "2", "--variants", "0", "--no-compile", "--evaluate_every", "0"]
+    assert cli.main([*common, *short, "--save_path", str(tmp_path / "new/deep")]) == 0
+    assert "delta.safetensors: trained" in capsys.readouterr().out
+    assert load_delta(tmp_path / "new/deep/delta.safetensors").keys() > {"language.llama_proj.weight"}
+    assert cli.main([*common, *short, "--save_path", str(tmp_path / "new/deep")]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main(["train", "--preset", "workshop"]) == 1
+    assert "Nothing to train on: give --data_path" in capsys.readouterr().err
