@@ -21,10 +21,11 @@ def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
     files = {
         name: getattr(mini, name).removeprefix("mini/") for name in ("imagebind_file", "text_tokenizer", "language")
     }
-    model = load_model(dataclasses.replace(mini, **files, deltas=deltas), folder)
+    parts = dict.fromkeys(("comparison", "focus", "memory_tokens", "learned_prompts"), True)
+    model = load_model(dataclasses.replace(mini, **files, **parts, deltas=deltas), folder)
     maps = load_delta(folder / "maps.safetensors")
     apply_delta(model, {name: value for name, value in maps.items() if name.startswith(SPGDD_PARTS)},
-                ("image_decoder", "memory", "comparison"))  # fmt: skip
+                ("image_decoder.", "memory.", "comparison."))  # fmt: skip
     return model
 
 
