@@ -12,7 +12,7 @@ import torch
 
 import spgdd
 from spgdd.evaluation.protocol import evaluate, folder_tasks, load_batches
-from spgdd.imagebind.preprocess import normalise
+from spgdd.reference import encode as encode_views
 
 
 def clocks(work) -> tuple[float, float]:
@@ -28,8 +28,8 @@ def main(folder: str, limit: int | None) -> None:
     @torch.inference_mode()
     def encode():
         for task in tasks:
-            for batch in load_batches(task.queries, diagnoser.model.profile.fit):
-                diagnoser.model.encode(normalise(torch.stack([loaded.pixels for loaded in batch])))
+            for batch in load_batches(task.queries, diagnoser.model.profile):
+                encode_views(diagnoser.model, [view for loaded in batch for view in loaded.views])
 
     encode()  # warms the file cache
     alone = clocks(encode)

@@ -1,25 +1,40 @@
 """From scores of normal pictures to a threshold: no defective picture is needed.
 
-With enough pictures the threshold is an order statistic, which keeps the false-alarm rate whatever the
-distribution (split conformal prediction). With few it is the upper prediction bound for one more draw from a
-log-normal distribution, exp(mean + t * s * sqrt(1 + 1/n)): scores are positive with a long right tail. The
-variance s^2 of so few is pooled with a prior (scaled inverse chi-square), PRIOR_SPREAD in log units, worth
-PRIOR_WEIGHT pictures, so that two pictures that happen to agree are not taken as proof that all do.
+Scores are compared as log-odds of their share of the largest possible one, in which normal pictures of a product
+are about normally distributed. The threshold is the upper prediction bound for one more draw (Student's t), with
+the variance of so few pictures pooled with a prior (scaled inverse chi-square), so that two pictures that happen to
+agree are not taken as proof that all do. From enough pictures on it is an order statistic, which keeps the
+false-alarm rate whatever the distribution (split conformal prediction).
 """
 
 from dataclasses import dataclass
-from math import ceil, exp, sqrt
+from math import ceil, sqrt
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from scipy import stats
+import torch.nn.functional as F
+from scipy import special, stats
 from torch import Tensor
 
 from spgdd.errors import SpgddError
 
-PRIOR_SPREAD, PRIOR_WEIGHT = 0.3, 2
+ENOUGH = 2  # pictures expected above a threshold before it is an order statistic
 AREA = 0.01  # share of a normal picture that may lie above the outline of regions
 ZERO_SHOT = 0.5  # abnormal probability from which a picture counts as defective when no normal one is known
+COPIES = ((12, 0.9, 1.1), (20, 1.1, 1.1), (20, 0.9, 0.9), (12, 1.1, 0.9))  # pixels cut off, brightness, contrast
+
+
+class Prior(NamedTuple):
+    """What is known of log-odds before any picture of the product, measured by benchmarks/calibration.py."""
+
+    spread: float  # standard deviation of a product's normal pictures
+    weight: float  # pictures that this is worth
+    shift: float  # how much higher an unseen picture scores than copies of the only known one
+    error: float  # standard deviation of that between products
+
+
+# By the largest score that there can be: distances of the memory alone, probabilities of the learned comparison.
+PRIORS = {2.0: Prior(0.18, 2.0, 0.14, 0.24), 1.0: Prior(0.49, 2.4, 0.22, 0.72)}
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class Calibration:
     pictures: int = 0  # how many different ones were scored
     scores: tuple[float, ...] = ()  # image scores
     outlines: tuple[float, ...] = ()  # per map, the value that AREA of its pixels exceed
+    largest: float = 2.0  # that a score can be: 1 for probabilities, 2 for distances
 
     def limits(self, false_alarm_rate: float) -> Limits:
         """That share of normal pictures exceeds ``threshold``; unsure is within one standard error of it.
@@ -50,44 +66,45 @@ class Calibration:
             raise SpgddError(f"false_alarm_rate must lie between 0 and 0.5, received {false_alarm_rate}.")
         if self.method == "none":
             return Limits(ZERO_SHOT, ZERO_SHOT, ZERO_SHOT, ZERO_SHOT)
-        threshold, factor = upper_bound(self.scores, self.pictures, false_alarm_rate)
-        outline, _ = upper_bound(self.outlines, self.pictures, false_alarm_rate)
-        low = threshold / factor
-        return Limits(threshold, low, threshold * factor, min(outline, low))
+        bounds = upper_bound(self.scores, self.pictures, false_alarm_rate, self.largest)
+        outline = upper_bound(self.outlines, self.pictures, false_alarm_rate, self.largest)[0]
+        return Limits(*bounds, min(outline, bounds[1]))
 
 
-def upper_bound(values: tuple[float, ...], pictures: int, rate: float) -> tuple[float, float]:
-    """What one more normal picture exceeds with probability ``rate``, and the factor of one standard error.
+def upper_bound(values: tuple[float, ...], pictures: int, rate: float, largest: float) -> tuple[float, float, float]:
+    """What one more normal picture exceeds with probability ``rate``; one standard error below it, and above.
 
-    ``values`` come from ``pictures`` different pictures: copies of one picture tell less than their number.
+    ``values``, 0 to ``largest``, are of ``pictures`` different pictures, or of copies of a single one.
     """
-    values = np.sort(np.asarray(values, dtype=np.float64))
-    floor = max(values.mean() / 10, 1e-6)  # a near-duplicate would stretch the spread
-    logs = np.log(np.maximum(values, floor))
-    freedom = pictures - 1 + PRIOR_WEIGHT
-    squares = ((logs - logs.mean()) ** 2).sum() + PRIOR_WEIGHT * PRIOR_SPREAD**2
-    spread = sqrt(squares / (len(logs) - 1 + PRIOR_WEIGHT))
-    factor = exp(spread * sqrt(1 / pictures + stats.norm.isf(rate) ** 2 / (2 * freedom)))
-    rank = ceil((len(values) + 1) * (1 - rate))
-    if rank <= len(values) == pictures:
-        return float(values[rank - 1]), factor
-    return exp(logs.mean() + stats.t.isf(rate, freedom) * spread * sqrt(1 + 1 / pictures)), factor
+    prior, values = PRIORS[largest], np.sort(np.asarray(values, dtype=np.float64))
+    floor = max(values.mean() / 10, 1e-6 * largest)  # a near-duplicate would stretch the spread
+    odds = special.logit(np.clip(values, floor, (1 - 1e-6) * largest) / largest)
+    middle, freedom = odds.mean(), pictures - 1 + prior.weight
+    if pictures == 1:
+        spread, error = prior.spread, prior.error
+        threshold = middle + prior.shift + stats.norm.isf(rate) * sqrt(spread**2 + error**2)
+    else:
+        squares = ((odds - middle) ** 2).sum() + prior.weight * prior.spread**2
+        spread = sqrt(squares / freedom)
+        error = spread / sqrt(pictures)
+        threshold = middle + stats.t.isf(rate, freedom) * sqrt(spread**2 + error**2)
+    if pictures * rate >= ENOUGH:
+        threshold = odds[ceil((pictures + 1) * (1 - rate)) - 1]
+    margin = sqrt(error**2 + (stats.norm.isf(rate) * spread) ** 2 / (2 * freedom))
+    return tuple(float(largest * special.expit(threshold + sign * margin)) for sign in (0, -1, 1))
 
 
 def altered_copies(pixels: Tensor) -> list[Tensor]:
-    """Eight copies of a uint8 picture (3, S, S) that show the same normal part, each altered in every way.
+    """Four copies of a uint8 picture (3, S, S) that show the same normal part a little nearer and in other light.
 
-    Mirrored, moved by half a patch along a diagonal (the edge continued), 10 % darker or brighter, and with
-    10 % less or more contrast.
+    Each is cut to one of the corners and enlarged again, so that no border is made up, and is 10 % darker or brighter
+    with 10 % less or more contrast.
     """
-    steps = torch.arange(pixels.shape[-1])
-    moved = [(steps + shift).clamp(0, len(steps) - 1) for shift in (-7, 7)]
-    tones = ((0.9, 1.1), (1.1, 0.9), (0.9, 0.9), (1.1, 1.1))  # brightness, contrast
-    copies = []
-    for number, mirror in enumerate(((), (1,), (2,), (1, 2))):
-        for turn in (0, 1):
-            copy = pixels.flip(mirror)[:, moved[turn]][:, :, moved[(turn + number) % 2]].float()
-            brightness, contrast = tones[(number + 2 * turn) % 4]
-            copy = (copy.mean() + (copy - copy.mean()) * contrast) * brightness
-            copies.append(copy.round().clamp(0, 255).to(torch.uint8))
+    size, copies = pixels.shape[-1], []
+    for number, (cut, brightness, contrast) in enumerate(COPIES):
+        top, left = (cut * place for place in divmod(number, 2))
+        part = pixels[None, :, top : top + size - cut, left : left + size - cut].float()
+        copy = F.interpolate(part, size=(size, size), mode="bicubic", align_corners=False)[0]
+        copy = (copy.mean() + (copy - copy.mean()) * contrast) * brightness
+        copies.append(copy.round().clamp(0, 255).byte())
     return copies

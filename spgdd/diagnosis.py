@@ -1,40 +1,27 @@
 """The main job: a picture, a few normal ones and a question in; map, score, verdict, regions and text out."""
 
-import hashlib
 import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from spgdd.calibration import AREA, Calibration, Limits, altered_copies
-from spgdd.errors import ImageError, SpgddError
-from spgdd.geometry import Placement, Region, align, find_regions
-from spgdd.imagebind.preprocess import normalise, to_pixels
-from spgdd.images import image_name, list_images, read_image
+from spgdd.calibration import Calibration, Limits
+from spgdd.errors import SpgddError
+from spgdd.geometry import Placement, Region, assemble, find_regions
+from spgdd.imagebind import ImageFeatures
+from spgdd.images import image_name, read_image
+from spgdd.reference import Reference, build_reference, digest, encode, load_reference, view_maps
 from spgdd.report import card, preview, save_report
-from spgdd.selfprompt.memory import MemoryBank
 from spgdd.tadd.words import default_question
 
 WHETHER = re.compile(r"\b(is|are) there\b.*\b(anomal|defect|damage|flaw|fault)", re.IGNORECASE | re.DOTALL)
-BATCH = 8  # pictures that the vision tower takes at once
-HELD_OUT = 64  # at most so many normal pictures are scored against the others
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """Normal pictures of one product, encoded once and reused for any number of diagnoses."""
-
-    product: str
-    normals: tuple[str, ...]  # names
-    bank: MemoryBank = field(repr=False)
-    calibration: Calibration = field(repr=False)
-    digests: frozenset[str] = field(repr=False)  # of the pixels: a query can be one of the normals
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +44,7 @@ class Diagnosis:
     notes: tuple[str, ...]  # what whoever acts on the verdict must know about the picture
     timings: dict[str, float]  # seconds per stage
     placement: Placement
-    square_map: np.ndarray  # float32 (224, 224): the map in the square that the model saw
+    square_map: np.ndarray  # float32 (M, M): the map in the square that the model saw, M = 224 without tiles
     preview: bytes  # JPEG
     _reply: Callable[[str, Sequence[tuple[str, str]], int], str]
 
@@ -148,30 +135,26 @@ class Diagnoser:
     def __init__(self, model):
         self.model = model
 
-    def reference(self, normals, product: str = "object") -> Reference:
+    def reference(self, normals, product: str = "object", budget: int | None = None, rotate: bool | None = None,
+                  tiles: int | None = None) -> Reference:  # fmt: skip
         """Encode normal pictures and calibrate on them; the result goes to ``diagnose`` as ``normals``.
 
-        ``normals`` is a folder, a path, a picture, or a list of these; identical pictures count once. Raises
-        ImageError for one that cannot be read and where there is none.
+        normals: a folder, a path, a picture, or a list of these; identical pictures count once.
+        budget: at most so many entries of the memory per tap and scale. rotate: remember each picture in four
+        orientations. tiles: see each picture also in tiles x tiles parts, for small defects in large pictures.
+        None: as the profile has it.
+        Raises ImageError for one that cannot be read and where there is none.
         """
-        pictures = {}  # digest: (name, uint8 pixels)
-        items = normals if isinstance(normals, (list, tuple)) else [normals]
-        for item in items:
-            for source in list_images(item) if isinstance(item, (str, Path)) else [item]:
-                pixels = to_pixels(read_image(source), self.model.profile.fit)
-                pictures.setdefault(_digest(pixels), (image_name(source), pixels))
-        if not pictures:
-            raise ImageError("normals is empty: give a normal picture, or None to diagnose without any.")
-        names, pixels = zip(*pictures.values(), strict=True)
-        features = self._encode(pixels)
-        calibration = self._calibrate(pixels, features, product)
-        bank = self.model.memory.build(features.patches)
-        return Reference(product, names, bank, calibration, frozenset(pictures))
+        return build_reference(self.model, normals, product, budget, rotate, tiles)
+
+    def load_reference(self, path: str | Path) -> Reference:
+        """What ``Reference.save`` wrote; WeightsError where it is damaged or was made with other weights."""
+        return load_reference(self.model, path)
 
     @torch.no_grad()
     def diagnose(self, image, normals=None, product: str | None = None, question: str | None = None,
                  history: Sequence[tuple[str, str]] = (), max_new_tokens: int = 128,
-                 false_alarm_rate: float = 0.05) -> Diagnosis:  # fmt: skip
+                 false_alarm_rate: float = 0.05, tiles: int | None = None) -> Diagnosis:  # fmt: skip
         """Diagnose one picture.
 
         image: what ``spgdd.images.read_image`` takes.
@@ -180,32 +163,38 @@ class Diagnoser:
         product: its name; by default the reference's, or "object".
         question: by default whether there is an anomaly. history: earlier (question, answer) pairs.
         false_alarm_rate: share of normal pictures that may exceed the threshold, between 0 and 0.5.
+        tiles: see ``reference``, whose number is kept where ``normals`` is one.
         Raises ImageError for a picture that cannot be read.
         """
         watch = _Stopwatch()
         picture = read_image(image)
-        pixels = to_pixels(picture, self.model.profile.fit)
-        placement = Placement(*picture.size, self.model.profile.fit)
         watch.lap("read")
         if normals is not None and not isinstance(normals, Reference):
-            normals = self.reference(normals, product or "object")
+            normals = self.reference(normals, product or "object", tiles=tiles)
             watch.lap("reference")
         product = product or (normals.product if normals else "object")
         calibration = normals.calibration if normals else Calibration("none")
         limits = calibration.limits(false_alarm_rate)
+        tiles = normals.tiles if normals else self.model.profile.tiles if tiles is None else tiles
+        placement = Placement(*picture.size, self.model.profile.fit, tiles)
 
-        features = self._encode([pixels])
-        embedding = features.embedding
+        pixels = placement.views(picture)
+        features = encode(self.model, pixels)
+        whole = ImageFeatures(*(part[:1] for part in features))
         watch.lap("encode")
-        anomaly_map = self.model.anomaly_map(features, product, normals.bank if normals else None)
-        score, verdict, regions, square_map = judge(_numpy(anomaly_map), limits, placement, image_name(image))
+        bank = normals.bank if normals else None
+        maps = view_maps(self.model, features, product, bank)
+        score, verdict, regions, square_map = judge(
+            maps, limits, placement, image_name(image), self.model.profile.score_share
+        )
         watch.lap("map")
 
-        prompt_tokens = self.model.prompt_tokens(anomaly_map, features)  # (1, P, H)
+        shown = prompt_map(maps, square_map).to(whole.embedding.device)
+        prompt_tokens = self.model.prompt_tokens(shown, whole, bank)  # (1, P, H)
 
         def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int) -> str:
             generate = self.model.language.generate
-            return generate(embedding, question, history, prompt_tokens, max_new_tokens).text.strip()
+            return generate(whole.embedding, question, history, prompt_tokens, max_new_tokens).text.strip()
 
         question = default_question(product) if question is None else question
         text = reply(question, history, max_new_tokens)
@@ -217,7 +206,7 @@ class Diagnoser:
             notes.insert(0, f"made with stand-in weights (random values: {files}): says nothing about the part")
         if placement.seen_share < 1:
             notes.append(f"{1 - placement.seen_share:.0%} of it is outside the centre crop and was not seen")
-        if normals and _digest(pixels) in normals.digests:
+        if normals and digest(pixels[0]) in normals.digests:
             notes.append("it is one of the normal pictures itself, so a low score says nothing")
         return Diagnosis(
             image=image_name(image), product=product, profile=self.model.profile.name,
@@ -228,32 +217,6 @@ class Diagnoser:
             _reply=reply,
         )  # fmt: skip
 
-    def _encode(self, pixels: Sequence[torch.Tensor]):
-        """ImageFeatures of uint8 pictures (3, 224, 224), in batches."""
-        starts = range(0, len(pixels), BATCH)
-        batches = [self.model.encode(normalise(torch.stack(pixels[i : i + BATCH]))) for i in starts]
-        return type(batches[0])(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
-
-    def _calibrate(self, pixels: Sequence[torch.Tensor], features, product: str) -> Calibration:
-        """Scores of each normal picture against a memory of the others, or of copies of the only one."""
-        count, patches = len(pixels), features.patches  # (K, L, N, D)
-        if count > 1:
-            held_out = np.linspace(0, count - 1, min(count, HELD_OUT)).round().astype(int).tolist()
-            trials = ((features, i, torch.cat([patches[:i], patches[i + 1 :]])) for i in held_out)
-        else:
-            held_out, copies = [0], self._encode(altered_copies(pixels[0]))
-            trials = ((copies, i, patches) for i in range(len(copies.patches)))
-        maps = []
-        for batch, i, memory in trials:
-            one = type(batch)(*(part[i : i + 1] for part in batch))
-            maps.append(_numpy(self.model.anomaly_map(one, product, self.model.memory.build(memory))))
-        return Calibration(
-            method="leave-one-out" if count > 1 else "augmentations",
-            pictures=len(held_out),
-            scores=tuple(float(one.max()) for one in maps),
-            outlines=tuple(float(np.quantile(align(one), 1 - AREA)) for one in maps),
-        )
-
 
 def load(profile: str = "mini", **options) -> Diagnoser:
     """A ready Diagnoser; ``options`` are those of ``spgdd.load_model``: root, device, dtype, quantize."""
@@ -263,20 +226,27 @@ def load(profile: str = "mini", **options) -> Diagnoser:
 
 
 def judge(
-    corner_map: np.ndarray, limits: Limits, placement: Placement, name: str
+    corner_maps: np.ndarray, limits: Limits, placement: Placement, name: str, share: float = 0.0
 ) -> tuple[float, str, tuple[Region, ...], np.ndarray]:
-    """Score, verdict, regions and aligned map (224, 224) of the model's map of one picture.
+    """Score, verdict, regions and map (M, M) from the model's maps (V, 224, 224) of one picture's views.
 
     Raises SpgddError for a map that is not finite.
     """
-    if not np.isfinite(corner_map).all():
+    if not np.isfinite(corner_maps).all():
         raise SpgddError(f"{name}: the map is not finite; load with dtype=torch.float32.")
-    score, square_map = float(corner_map.max()), align(corner_map)
+    score, square_map = assemble(corner_maps, share)
     verdict = "normal" if score < limits.low else "defective" if score > limits.high else "unsure"
     regions = ()
     if verdict != "normal":
         regions = find_regions(square_map, limits.outline, limits.low, placement)
     return score, verdict, regions, square_map
+
+
+def prompt_map(corner_maps: np.ndarray, square_map: np.ndarray) -> torch.Tensor:
+    """What the language model is told, float32 (1, 1, 224, 224): with tiles, the largest values of the whole map."""
+    if len(corner_maps) == 1:
+        return torch.from_numpy(corner_maps)[None]
+    return F.adaptive_max_pool2d(torch.from_numpy(square_map)[None, None], corner_maps.shape[-2:])
 
 
 def says_defective(text: str) -> bool | None:
@@ -285,15 +255,6 @@ def says_defective(text: str) -> bool | None:
     if not words or words[0] not in ("yes", "no") or {"yes", "no"} <= set(words):
         return None
     return words[0] == "yes"
-
-
-def _digest(pixels: torch.Tensor) -> str:
-    return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-
-
-def _numpy(anomaly_map: torch.Tensor) -> np.ndarray:
-    """(1, 1, 224, 224) on any device -> float32 (224, 224)."""
-    return anomaly_map[0, 0].detach().float().cpu().numpy()
 
 
 def _rounded(value: float) -> float:

@@ -1,28 +1,40 @@
 """From the model's square to places in the picture: maps, boxes and regions in the picture's own frame."""
 
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
+import torch
+from PIL import Image
 from scipy import ndimage
 
+from spgdd.imagebind.preprocess import to_pixels
 from spgdd.tadd.words import PLACES
 
 SIZE, PATCH = 224, 14  # pixels of the model's square and of one patch
 GRID = SIZE // PATCH
-SPECK = (PATCH // 2) ** 2  # pixels of the square; smaller regions are dropped
+OVERLAP = 2 * PATCH  # pixels that neighbouring tiles share
+SPECK = (PATCH // 2) ** 2  # pixels of the map; smaller regions are dropped
 
 
 @dataclass(frozen=True)
 class Placement:
     """The square that ``spgdd.imagebind.preprocess.to_pixels`` makes of a picture of ``width`` x ``height``.
 
-    fit "squash" sees all of it, "crop" only the centre. Positions follow the half-pixel convention: pixel i
-    covers i to i + 1 and its centre is at i + 0.5.
+    fit "squash" sees all of it, "crop" only the centre. The square is seen whole and, where there are more
+    than one, in ``tiles`` x ``tiles`` tiles of the same number of pixels that overlap. Positions follow the
+    half-pixel convention: pixel i covers i to i + 1 and its centre is at i + 0.5.
     """
 
     width: int
     height: int
     fit: str
+    tiles: int = 1
+
+    @property
+    def side(self) -> int:
+        """Pixels of a side of the map: that of the square, or of the tiles put together."""
+        return SIZE + (self.tiles - 1) * (SIZE - OVERLAP)
 
     @property
     def resized(self) -> tuple[int, int]:
@@ -43,16 +55,32 @@ class Placement:
         for length, resized in zip((self.width, self.height), self.resized, strict=True):
             yield length, resized, round((resized - SIZE) / 2)
 
+    def views(self, picture: Image.Image) -> list[torch.Tensor]:
+        """What the model sees of the picture: uint8 (3, 224, 224) of the square, then of each tile row by row."""
+        starts = [number * SIZE * (SIZE - OVERLAP) / self.side for number in range(self.tiles)]
+        extent = SIZE**2 / self.side  # of a tile, in pixels of the square
+        corners = [(x, y) for y in starts for x in starts] if self.tiles > 1 else []
+        boxes = [self.box_to_picture(x, y, x + extent, y + extent) for x, y in corners]
+        return [to_pixels(picture, self.fit), *(to_pixels(picture.crop(box), "squash") for box in boxes)]
+
     def to_picture(self, square_map: np.ndarray) -> np.ndarray:
-        """Map (224, 224) -> float32 (height, width) of the picture; NaN where the model saw nothing."""
+        """Map (M, M) of the square -> float32 (height, width) of the picture; NaN where the model saw nothing."""
         columns, rows = (
-            (np.arange(length) + 0.5) * resized / length - 0.5 - offset
-            for length, resized, offset in self._axes()
+            (np.arange(length) + 0.5) * resized / length - offset for length, resized, offset in self._axes()
         )
-        picture = _interpolate(_interpolate(square_map, rows).T, columns).T  # (H, 224) -> (W, H) -> (H, W)
-        picture[np.abs(rows - (SIZE - 1) / 2) > SIZE / 2] = np.nan
-        picture[:, np.abs(columns - (SIZE - 1) / 2) > SIZE / 2] = np.nan
+        scale = len(square_map) / SIZE
+        picture = _interpolate(_interpolate(square_map, rows * scale - 0.5).T, columns * scale - 0.5).T  # (H, W)
+        picture[np.abs(rows - SIZE / 2) > SIZE / 2] = np.nan
+        picture[:, np.abs(columns - SIZE / 2) > SIZE / 2] = np.nan
         return picture
+
+    def to_map(self, mask: np.ndarray) -> np.ndarray:
+        """bool (height, width) of the picture -> float32 (M, M), the share 0..1 of each of the map's pixels."""
+        scale = self.side / SIZE
+        width, height = (round(length * scale) for length in self.resized)
+        left, top = (round(offset * scale) for _, _, offset in self._axes())
+        resized = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+        return np.asarray(resized)[top : top + self.side, left : left + self.side].clip(0, 1)
 
     def box_to_picture(self, x0: float, y0: float, x1: float, y1: float) -> tuple[int, int, int, int]:
         """Box edges in the square -> pixels (x0, y0, x1, y1) of the picture; x1, y1 outside; never empty."""
@@ -73,19 +101,18 @@ class Region:
     peak: float  # largest map value in it
 
 
-def find_regions(
-    square_map: np.ndarray, outline: float, peak: float, placement: Placement
-) -> tuple[Region, ...]:
-    """Connected parts of the map (224, 224) above ``outline`` that reach ``peak``, strongest first.
+def find_regions(square_map: np.ndarray, outline: float, peak: float, placement: Placement) -> tuple[Region, ...]:
+    """Connected parts of the map (M, M) above ``outline`` that reach ``peak``, strongest first.
 
     Parts smaller than a quarter of a patch are dropped, unless nothing else is there.
     """
     labels, _ = ndimage.label(square_map > outline, structure=np.ones((3, 3)))
-    found = []
+    found, pixel = [], SIZE / len(square_map)
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         values = square_map[rows, columns][labels[rows, columns] == number]
-        box = placement.box_to_picture(columns.start, rows.start, columns.stop, rows.stop)
-        area_share = values.size * placement.seen_share / SIZE**2
+        edges = (columns.start, rows.start, columns.stop, rows.stop)
+        box = placement.box_to_picture(*(edge * pixel for edge in edges))
+        area_share = values.size * placement.seen_share / square_map.size
         found.append((values.size, Region(box, area_share, place_of(box, placement), float(values.max()))))
     found.sort(key=lambda item: -item[1].peak)
     kept = [region for size, region in found if size >= SPECK and region.peak >= peak]
@@ -99,6 +126,38 @@ def place_of(box: tuple[int, int, int, int], placement: Placement) -> str:
         for low, high, length in zip(box[:2], box[2:], (placement.width, placement.height), strict=True)
     )
     return PLACES[3 * row + column]
+
+
+def assemble(corner_maps: np.ndarray, share: float = 0.0) -> tuple[float, np.ndarray]:
+    """Score and aligned map (M, M) of a picture from the model's maps (V, 224, 224) of its ``Placement.views``.
+
+    The score is the mean of the highest ``share`` of a view's values, at least of one, and the largest of the views'.
+    Where there are tiles, a pixel of the map has the larger of what the whole view and the tiles say.
+    """
+    values = corner_maps.reshape(len(corner_maps), -1)  # (V, 224 * 224)
+    count = max(1, round(share * values.shape[1]))
+    score = float(np.partition(values, -count, axis=1)[:, -count:].mean(1).max())
+    whole, *tiles = map(align, corner_maps)
+    if not tiles:
+        return score, whole
+    joined = stitch(tiles)
+    position = (np.arange(len(joined)) + 0.5) * SIZE / len(joined) - 0.5
+    return score, np.maximum(_interpolate(_interpolate(whole, position).T, position).T, joined)
+
+
+def stitch(tiles: list[np.ndarray]) -> np.ndarray:
+    """Maps of n x n tiles, row by row -> one (M, M); where tiles overlap, one fades into the other."""
+    count, step = isqrt(len(tiles)), SIZE - OVERLAP
+    side = SIZE + (count - 1) * step
+    total, weights = np.zeros((2, side, side), np.float32)
+    ramp = np.minimum(np.arange(1, SIZE + 1), OVERLAP).astype(np.float32)
+    ramp = np.minimum(ramp, ramp[::-1])
+    fade = ramp * ramp[:, None]
+    for number, tile in enumerate(tiles):
+        top, left = (step * place for place in divmod(number, count))
+        total[top : top + SIZE, left : left + SIZE] += tile * fade
+        weights[top : top + SIZE, left : left + SIZE] += fade
+    return total / weights
 
 
 def align(corner_map: np.ndarray) -> np.ndarray:

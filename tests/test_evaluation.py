@@ -7,20 +7,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from conftest import check
-from fake_model import FakeModel
+from fake_model import FakeModel, part
 from spgdd import diagnosis
 from spgdd.diagnosis import Diagnoser
 from spgdd.errors import DataError, SpgddError
+from spgdd.evaluation.ablation import ablate
 from spgdd.evaluation.commands import add_commands, plot
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, named_kind, named_places, summarise, verdict_metrics
 from spgdd.evaluation.protocol import Picture, evaluate, folder_tasks, load_picture, miniworld_tasks
 from spgdd.geometry import Placement, place_of
-from test_diagnosis import part
+from spgdd.imagebind import ImageFeatures
+from spgdd.imagebind.preprocess import normalise, to_pixels
+from spgdd.model import load_model
+from spgdd.selfprompt.focuser import enlarge
 
 # Metrics
 
@@ -209,7 +214,8 @@ def test_evaluation_diagnoses_as_the_diagnoser_does_and_encodes_once(folder):
     (task,) = folder_tasks(folder, names={"bolt": "hex bolt"})
     model = Speaker()
     runs = evaluate(Diagnoser(model), [task], (0, 1, 4), (0, 1), progress=False)
-    assert model.encoded == 9 + 2 * (1 + 8) + 2 * 4  # queries once; normals per shot set, one with 8 altered copies
+    remembered = {name for run in runs for name in run["normals"]}
+    assert model.encoded == 9 + len(remembered) + 2 * 4  # and four altered copies of each one that is alone
     assert [(run["shots"], run["seed"]) for run in runs] == [(0, None), (1, 0), (4, 0), (1, 1), (4, 1)]
     assert set(runs[1]["normals"]) < set(runs[2]["normals"])
     for run in runs:
@@ -247,6 +253,57 @@ def test_pictures_without_a_mask_have_no_place():
     assert loaded.coverage is None and loaded.places == []
 
 
+# Ablation
+
+
+def plain_distance(model, query, normals):
+    """AnomalyGPT's few-shot map from tokens (L, N, D) and (K, L, N, D)."""
+    taps = [1 - (F.normalize(q, dim=-1) @ F.normalize(n, dim=-1).T).amax(1)
+            for q, n in zip(query, normals.transpose(0, 1).flatten(1, 2), strict=True)]  # fmt: skip
+    return enlarge(torch.stack(taps).mean(0).view(1, 1, 16, 16))
+
+
+def test_a_model_without_its_parts_is_anomalygpt():
+    model = load_model("mini", device="cpu")
+    ablate(model, scales=[1], gates=False, fusion=False, comparison=False, focus=False)
+    assert model.comparison is None and model.focus is None and model.memory.scales == (1,)
+    pictures = torch.stack([to_pixels(part(seed=seed, marks=[(80, 80, 20, 20)] * (seed == 0))) for seed in range(3)])
+    features = model.encode(normalise(pictures))
+    bank = model.build_bank(features.patches[1:], "plate")
+    query = ImageFeatures(*(values[:1] for values in features))
+    expected = plain_distance(model, features.patches[0], features.patches[1:])
+    check("ablation/plain map", model.anomaly_map(query, "plate", bank), expected, atol=1e-5)
+
+
+def test_scales_keep_their_gates_and_options_go_to_the_profile():
+    whole, model = (load_model("mini", device="cpu") for _ in range(2))
+    ablate(model, scales=[5, 1], budget=100, rotate=True, tiles=2)
+    assert torch.equal(model.memory.gates[:, 0], whole.memory.gates[:, 2]) and model.memory.gates.shape[1] == 2
+    assert (model.profile.budget, model.profile.rotate, model.profile.tiles) == (100, True, 2)
+    for switches, words in [({"colour": 1}, "no switch colour"), ({"scales": [7]}, "scales .7. are not among")]:
+        with pytest.raises(SpgddError, match=words):
+            ablate(model, **switches)
+
+
+def test_variants_are_evaluated_side_by_side(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diagnosis, "load", lambda profile, **options: Diagnoser(Speaker()))
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    (tmp_path / "variants.json").write_text('{"full": {}, "small": {"budget": 9, "tiles": 1}}')
+    line = f"evaluate --data {folder} --shots 2 --seeds 0 --no-text --set tiles=2 --ablate {tmp_path}/variants.json"
+    options = parser.parse_args([*line.split(), "--json", f"{tmp_path}/a.json", "--csv", f"{tmp_path}/a.csv"])
+    assert options.run(options) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [row.split()[1] for row in shown if row.startswith("2 ")] == ["full", "small"]
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["settings"]["set"] == {"tiles": 2} and [r["variant"] for r in written["runs"]] == ["full", "small"]
+    assert written["runs"][0]["pictures"][0]["score"] != written["runs"][1]["pictures"][0]["score"]
+    assert (tmp_path / "a.csv").read_text().startswith("variant,subset,")
+    (tmp_path / "variants.json").write_text("[]")
+    with pytest.raises(DataError, match="give an object"):
+        options.run(options)
+
+
 # Command
 
 
@@ -269,7 +326,7 @@ def test_command_writes_table_json_csv_and_plot(folder, tmp_path, monkeypatch, c
     lines = [line.get_label() for line in plot(written["summary"]).axes[0].get_lines()]
     assert "WinCLIP+, published, MVTec-AD" in lines and not any("VisA" in label for label in lines)
     options = parser.parse_args(["evaluate", "--data", str(folder), "--product", "bolt"])
-    with pytest.raises(SpgddError, match="takes KEY=NAME"):
+    with pytest.raises(SpgddError, match="takes KEY=VALUE"):
         options.run(options)
 
 

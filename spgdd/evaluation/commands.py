@@ -1,6 +1,8 @@
 """`spgdd evaluate`: the k-shot protocol over a folder of data sets or over the mini world.
 
     spgdd evaluate --data data/TADD --subsets MT CFD --shots 0 1 4 --json runs/evaluation.json
+
+With switches of the method (``spgdd.evaluation.ablation``) it measures what each part brings.
 """
 
 import argparse
@@ -36,6 +38,9 @@ def add_commands(subparsers) -> argparse.ArgumentParser:
     add("--draws", type=int, default=5, metavar="N", help="products of each family of the mini world (default: 5)")
     add("--text", action=argparse.BooleanOptionalAction, default=True, help="ask the language model too")
     add("--false-alarm-rate", type=float, default=0.05, metavar="SHARE", help="of the verdicts (default: 0.05)")
+    change = "change the model or its references: gates=false, scales=[1,3], budget=1000, tiles=2; may be repeated"
+    add("--set", action="append", default=[], metavar="SWITCH=VALUE", help=change)
+    add("--ablate", type=Path, metavar="FILE.json", help="evaluate variants: a name to its switches, as of --set")
     add("--json", type=Path, metavar="FILE", help="write every figure and every picture's result")
     add("--csv", type=Path, metavar="FILE", help="write one line per product, number of shots and seed")
     add("--plot", type=Path, metavar="FILE.png", help="draw AUROC over shots beside published figures")
@@ -46,41 +51,84 @@ def add_commands(subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     from spgdd.cli import model_options
-    from spgdd.diagnosis import load
     from spgdd.evaluation.metrics import summarise
     from spgdd.evaluation.protocol import evaluate, folder_tasks, miniworld_tasks
 
-    names = dict(_pair(text) for text in args.product)
+    names = dict(_pair(text, "--product") for text in args.product)
+    settings = {key: _value(value) for key, value in (_pair(text, "--set") for text in args.set)}
+    variants = _read_variants(args.ablate) if args.ablate else {"": {}}
     if args.data == "miniworld":
         tasks = miniworld_tasks(args.subsets, args.draws, args.limit or 20)
     else:
         tasks = folder_tasks(args.data, args.subsets, names, args.limit)
-    diagnoser = load(**model_options(args))
-    runs = evaluate(diagnoser, tasks, args.shots, args.seeds, args.text, args.false_alarm_rate)
-    rows = summarise(runs)
+    runs = []
+    for name, switches in variants.items():
+        if name:
+            print(f"{name}: {switches}", flush=True)
+        diagnoser = load_variant(settings | switches, **model_options(args))
+        found = evaluate(diagnoser, tasks, args.shots, args.seeds, args.text, args.false_alarm_rate)
+        runs += [{"variant": name} | run for run in found]
+    rows = []
+    for name in variants:
+        rows += [{"variant": name} | row for row in summarise([run for run in runs if run["variant"] == name])]
+    shown = [row | {"subset": row["variant"]} for row in rows if row["subset"] == "mean"] if args.ablate else rows
     for title, columns in {"maps and their verdicts": MAP, "text": TEXT if args.text else {}}.items():
         if columns:
-            print(f"\n{title}, in percent, mean and standard deviation over the shot sets\n{table(rows, columns)}")
+            print(f"\n{title}, in percent, mean and standard deviation over the shot sets\n{table(shown, columns)}")
     for path in filter(None, (args.json, args.csv, args.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.json:
-        settings = {name: getattr(args, name) for name in ("data", "profile", "limit", "false_alarm_rate")}
-        text = json.dumps({"settings": settings, "summary": rows, "runs": runs}, indent=1, ensure_ascii=False)
+        about = {name: getattr(args, name) for name in ("data", "profile", "limit", "false_alarm_rate")}
+        about |= {"set": settings, "variants": variants}
+        text = json.dumps({"settings": about, "summary": rows, "runs": runs}, indent=1, ensure_ascii=False)
         args.json.write_text(text + "\n", encoding="utf-8")
     if args.csv:
         write_csv(runs, args.csv)
     if args.plot:
-        plot(rows).savefig(args.plot, dpi=120)
+        plot(shown).savefig(args.plot, dpi=120)
     return 0
 
 
-def _pair(text: str) -> tuple[str, str]:
+def load_variant(switches: dict, profile: str, **options):
+    """A Diagnoser with a model changed by ``spgdd.evaluation.ablation``."""
+    from spgdd.diagnosis import load
+    from spgdd.evaluation.ablation import ablate, with_delta
+    from spgdd.profiles import get_profile
+
+    switches = dict(switches)
+    delta = switches.pop("delta", None)
+    diagnoser = load(with_delta(get_profile(profile), delta) if delta else profile, **options)
+    if switches:
+        ablate(diagnoser.model, **switches)
+    return diagnoser
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
     from spgdd.errors import SpgddError
 
     key, equals, name = text.partition("=")
     if not (key and equals and name):
-        raise SpgddError(f'--product takes KEY=NAME such as MT="magnetic tile", received {text!r}.')
+        raise SpgddError(f"{option} takes KEY=VALUE, received {text!r}.")
     return key, name
+
+
+def _value(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _read_variants(path: Path) -> dict[str, dict]:
+    from spgdd.errors import DataError
+
+    try:
+        variants = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
+    if not isinstance(variants, dict) or not all(isinstance(value, dict) for value in variants.values()):
+        raise DataError(f'{path}: give an object such as {{"full": {{}}, "no gates": {{"gates": false}}}}.')
+    return variants
 
 
 def table(rows: list[dict], columns: dict[str, str]) -> str:
@@ -104,10 +152,11 @@ def write_csv(runs: list[dict], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         metrics = list(runs[0]["metrics"])
-        writer.writerow(["subset", "product", "shots", "seed", *metrics])
+        keys = ["variant"] * bool(runs[0].get("variant")) + ["subset", "product", "shots", "seed"]
+        writer.writerow([*keys, *metrics])
         for run in runs:
             figures = [run["metrics"][metric] for metric in metrics]
-            writer.writerow([run[key] for key in ("subset", "product", "shots", "seed")] + figures)
+            writer.writerow([run[key] for key in keys] + figures)
 
 
 def plot(rows: list[dict]):

@@ -1,6 +1,6 @@
 """The k-shot protocol: a few normal pictures of a product are drawn, its test pictures are diagnosed.
 
-Each test picture is decoded and encoded once for all shot sets, and each shot set's normals once.
+Each picture, whether to diagnose or to remember, is encoded once for all shot sets.
 """
 
 import random
@@ -12,23 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from spgdd.calibration import Calibration
-from spgdd.diagnosis import Diagnoser, Reference, judge, says_defective
+from spgdd.diagnosis import Diagnoser, judge, prompt_map, says_defective
 from spgdd.errors import DataError
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, verdict_metrics
-from spgdd.geometry import SIZE, Placement
-from spgdd.imagebind.preprocess import normalise, to_pixels
+from spgdd.geometry import Placement
+from spgdd.imagebind import ImageFeatures
 from spgdd.images import read_image
 from spgdd.language.conversation import fold_history
+from spgdd.profiles import Profile
+from spgdd.reference import BATCH, build_reference, encode, view_maps
 from spgdd.tadd.describe import measure
 from spgdd.tadd.grammar import TYPES, VOCABULARY, base
 from spgdd.tadd.index import index_folder, read_mask
 from spgdd.tadd.words import default_question
 
-BATCH = 32  # pictures that the vision tower and the language model take at once
 TOKENS = 64  # longest answer
 KIND_QUESTION = "What kind of defect is it?"
 
@@ -161,24 +161,29 @@ def evaluate(
 
 @torch.inference_mode()
 def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, rate: float, bar: tqdm) -> list[dict]:
-    sets: dict[tuple, Reference | None] = {}
+    model, known, sets = diagnoser.model, {}, {}
     for seed in seeds:
         order = random.Random(seed).sample(task.normals, len(task.normals))
         for k in shots:
             sources = [picture.source for picture in order[:k]]
-            sets[k, seed if k else None] = diagnoser.reference(sources, task.name) if k else None
+            sets[k, seed if k else None] = build_reference(model, sources, task.name, known=known) if k else None
     calibrations = {key: known.calibration if known else Calibration("none") for key, known in sets.items()}
     limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
     counts, pictures = {key: PixelCounts() for key in sets}, {key: [] for key in sets}
-    for batch in load_batches(task.queries, diagnoser.model.profile.fit):
-        features = diagnoser.model.encode(normalise(torch.stack([loaded.pixels for loaded in batch])))
+    for batch in load_batches(task.queries, model.profile):
+        views = [view for loaded in batch for view in loaded.views]
+        features = encode(model, views)  # of B*V rows
+        whole = ImageFeatures(*(part[:: len(views) // len(batch)] for part in features))
         for key, reference in sets.items():
-            maps = diagnoser.model.anomaly_map(features, task.name, reference.bank if reference else None)
-            records = []
-            for loaded, corner_map in zip(batch, maps[:, 0].float().cpu().numpy(), strict=True):
+            bank = reference.bank if reference else None
+            maps = view_maps(model, features, task.name, bank)
+            records, shown = [], []
+            for loaded, corner_maps in zip(batch, np.split(maps, len(batch)), strict=True):
                 picture = loaded.picture
-                found = judge(corner_map, limits[key], loaded.placement, picture.name)
-                score, verdict, regions, square_map = found
+                score, verdict, regions, square_map = judge(
+                    corner_maps, limits[key], loaded.placement, picture.name, diagnoser.model.profile.score_share
+                )
+                shown.append(prompt_map(corner_maps, square_map))
                 records.append({
                     "picture": picture.name, "kind": picture.kind, "places": loaded.places, "score": score,
                     "threshold": limits[key].threshold, "verdict": verdict,
@@ -187,13 +192,14 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                 if picture.kind == "good" or loaded.coverage is not None:
                     counts[key].add(square_map, loaded.coverage)
             if text:
-                _ask(diagnoser.model, features, maps, task, records)
+                prompts = model.prompt_tokens(torch.cat(shown).to(whole.embedding.device), whole, bank)
+                _ask(model, whole.embedding, prompts, task, records)
             pictures[key] += records
         bar.update(len(batch))
     return [
         {
             "subset": task.subset, "product": task.product, "name": task.name, "shots": key[0], "seed": key[1],
-            "normals": sets[key].normals if sets[key] else (),
+            "normals": sets[key].normals if sets[key] else (), "calibration": asdict(calibrations[key]),
             "metrics": image_metrics([p["kind"] != "good" for p in rows], [p["score"] for p in rows])
             | counts[key].metrics() | verdict_metrics(rows),
             "pictures": rows,
@@ -202,10 +208,10 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     ]  # fmt: skip
 
 
-def _ask(model, features, maps: torch.Tensor, task: Task, records: list[dict]) -> None:
+def _ask(model, embedding: torch.Tensor, prompts: torch.Tensor, task: Task, records: list[dict]) -> None:
     """Add the answers: whether there is a defect; and of true positives, as the next question, its kind."""
-    prompts, question = model.prompt_tokens(maps, features), default_question(task.name)
-    answers = model.language.generate_batch(features.embedding, [question] * len(records), prompts, TOKENS)
+    question = default_question(task.name)
+    answers = model.language.generate_batch(embedding, [question] * len(records), prompts, TOKENS)
     rows = []
     for number, (record, answer) in enumerate(zip(records, answers, strict=True)):
         record |= {"answer": answer.text.strip(), "cut": answer.stopped == "length"}
@@ -213,7 +219,7 @@ def _ask(model, features, maps: torch.Tensor, task: Task, records: list[dict]) -
             rows.append(number)
     if rows:
         talks = [fold_history(((question, records[row]["answer"]),), KIND_QUESTION) for row in rows]
-        answers = model.language.generate_batch(features.embedding[rows], talks, prompts[rows], TOKENS)
+        answers = model.language.generate_batch(embedding[rows], talks, prompts[rows], TOKENS)
         for row, answer in zip(rows, answers, strict=True):
             records[row]["kind_answer"] = answer.text.strip()
 
@@ -221,35 +227,32 @@ def _ask(model, features, maps: torch.Tensor, task: Task, records: list[dict]) -
 @dataclass(frozen=True, eq=False)
 class Loaded:
     picture: Picture
-    pixels: torch.Tensor  # uint8 (3, 224, 224)
+    views: list[torch.Tensor]  # V of uint8 (3, 224, 224)
     placement: Placement
-    coverage: np.ndarray | None  # float32 (224, 224), share of each pixel of the square that is defective
+    coverage: np.ndarray | None  # float32 (M, M), share of each pixel of the map that is defective
     places: list[str]
 
 
-def load_batches(pictures: Sequence[Picture], fit: str) -> Iterator[list[Loaded]]:
+def load_batches(pictures: Sequence[Picture], profile: Profile) -> Iterator[list[Loaded]]:
     """Decoded pictures in batches; while the caller works on one batch, the next is decoded."""
     with ThreadPoolExecutor() as pool:
         waiting = []
         for start in range(0, len(pictures), BATCH):
             batch = pictures[start : start + BATCH]
-            waiting.append([pool.submit(load_picture, picture, fit) for picture in batch])
+            waiting.append([pool.submit(load_picture, picture, profile.fit, profile.tiles) for picture in batch])
             if len(waiting) > 1:
                 yield [future.result() for future in waiting.pop(0)]
         yield [future.result() for future in waiting[0]]
 
 
-def load_picture(picture: Picture, fit: str) -> Loaded:
-    """Decode a picture and its mask, and shrink the mask area by area to the square that the model sees."""
+def load_picture(picture: Picture, fit: str, tiles: int = 1) -> Loaded:
+    """Decode a picture and its mask, and shrink the mask area by area to the frame of the map."""
     image = read_image(picture.source)
-    placement = Placement(*image.size, fit)
+    placement = Placement(*image.size, fit, tiles)
     coverage, places = None, list(picture.places)
     if picture.mask is not None:
         mask = read_mask(picture.mask) if isinstance(picture.mask, Path) else picture.mask  # (H, W)
         if not places:
             places = list(dict.fromkeys(d["place"] for d in measure(mask, np.asarray(image), picture.kind)))
-        width, height = placement.resized
-        left, top = round((width - SIZE) / 2), round((height - SIZE) / 2)
-        resized = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
-        coverage = np.asarray(resized)[top : top + SIZE, left : left + SIZE].clip(0, 1)
-    return Loaded(picture, to_pixels(image, fit), placement, coverage, places)
+        coverage = placement.to_map(mask)
+    return Loaded(picture, placement.views(image), placement, coverage, places)

@@ -1,0 +1,59 @@
+"""What each part of the method brings: switch it off in a loaded model and evaluate again.
+
+A variant is a dict of switches, from `spgdd evaluate --set gates=false` or a JSON file of several (`--ablate`):
+
+    {"full": {}, "memory alone": {"comparison": false}, "one scale": {"scales": [1]}, "small": {"budget": 256}}
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spgdd.errors import SpgddError
+from spgdd.selfprompt import Comparison, Memory
+
+PARTS = ("comparison", "focus", "memory_tokens", "abnormal_prompts")  # modules that a model can do without
+NUMBERS = ("gates", "fusion")  # learned numbers of the memory that can be set back
+OPTIONS = ("rotate", "budget", "tiles", "score_share")  # fields of the profile
+SWITCHES = (*PARTS, *NUMBERS, *OPTIONS, "scales", "delta")
+
+
+def with_delta(profile, file: str | Path):
+    """The profile with another file of trained parameters in place of its last."""
+    *deltas, last = profile.deltas
+    return replace(profile, deltas=(*deltas, replace(last, file=str(Path(file).resolve()))))
+
+
+@torch.no_grad()
+def ablate(model, scales: Sequence[int] | None = None, **switches):
+    """Change a loaded ``SPGDD`` in place and return it.
+
+    scales: keep only these. A name of PARTS: False takes the module out. comparison=True: the maps of memory and words
+    are joined where they are not, with the values before training. gates=False: ones; fusion=False: equal weights.
+    OPTIONS: see ``spgdd.profiles.Profile``. Raises SpgddError for a switch or a scale that is not there.
+    """
+    if unknown := set(switches) - {*PARTS, *NUMBERS, *OPTIONS}:
+        raise SpgddError(f"no switch {', '.join(sorted(unknown))}; there are {', '.join(SWITCHES)}.")
+    if scales is not None:
+        memory = model.memory
+        if not scales or set(scales) - set(memory.scales):
+            raise SpgddError(f"scales {list(scales)} are not among the model's, {list(memory.scales)}.")
+        kept = [memory.scales.index(scale) for scale in scales]
+        model.memory = Memory(*memory.gates.shape[::2], tuple(scales)).to(memory.gates.device)
+        model.memory.gates.copy_(memory.gates[:, kept])
+        model.memory.fusion.copy_(memory.fusion[:, kept])
+    for name in PARTS:
+        if not switches.get(name, True):
+            setattr(model, name, None)
+    if switches.get("comparison") and model.comparison is None:
+        model.comparison = Comparison().to(model.device)
+    if switches.get("comparison") and model.comparison is None:
+        model.comparison = Comparison().to(model.memory.gates.device)
+    if not switches.get("gates", True):
+        model.memory.gates.fill_(1)
+    if not switches.get("fusion", True):
+        model.memory.fusion.zero_()
+    model.profile = replace(model.profile, **{name: switches[name] for name in OPTIONS if name in switches})
+    return model
