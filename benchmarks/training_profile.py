@@ -23,7 +23,14 @@ from spgdd.training import engine, loop
 
 BEFORE, DURING = 8, 4  # steps that are left out, and that are looked at
 PARTS = ["read", "forward", "backward", "optimiser"]
-INSIDE = ["learned_anchors", "few_shot_map", "_prompt_tokens", "language.forward_loss", "image_decoder.forward"]
+INSIDE = [
+    "learned_anchors",
+    "few_shot_map",
+    "_map_tokens",
+    "_memory_tokens",
+    "language.forward_loss",
+    "image_decoder.forward",
+]
 WAITS = ["cudaStreamSynchronize", "cudaMemcpyAsync", "cudaDeviceSynchronize", "aten::item", "aten::nonzero"]
 
 

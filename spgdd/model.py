@@ -16,6 +16,7 @@ import spgdd.imagebind
 from spgdd.errors import WeightsError
 from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer, load_imagebind
 from spgdd.language import LoraSettings, Vicuna
+from spgdd.language.vicuna import to_device
 from spgdd.profiles import Delta, Profile, get_profile, weights_folder
 from spgdd.selfprompt import (
     AbnormalPrompts,
@@ -38,8 +39,8 @@ from spgdd.selfprompt.focuser import (
     zero_shot_probabilities,
 )
 from spgdd.selfprompt.memory import closest, on_grid
-from spgdd.weights.checkpoint import is_standin
-from spgdd.weights.delta import apply_delta, load_delta
+from spgdd.weights.checkpoint import is_standin, read_tensors
+from spgdd.weights.delta import apply_delta
 
 MASK_THRESHOLD = 0.3  # a mask pixel above it is defective (AnomalyGPT)
 
@@ -90,7 +91,8 @@ class SPGDD(nn.Module):
         if product not in self._sentences:
             # The cache outlives a caller's inference mode, whose tensors could not be trained with.
             with torch.inference_mode(False), torch.no_grad():
-                self._sentences[product] = text_vectors(self.imagebind.encode_text, self._tokenise, product)
+                tokenise = lambda texts: self.text_tokenizer(texts).to(self.device)  # noqa: E731
+                self._sentences[product] = text_vectors(self.imagebind.encode_text, tokenise, product)
         return self._sentences[product]
 
     def anchors(self, product: str) -> Tensor:
@@ -105,7 +107,7 @@ class SPGDD(nn.Module):
     def learned_anchors(self, products: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``anchors`` (n, 2, J) with the gradient of the learned prompts, and their matching loss."""
         names = sorted(set(products))
-        rows = self._beside([names.index(product) for product in products])
+        rows = to_device(torch.tensor([names.index(product) for product in products]), self.device)
         normal, abnormal = (torch.stack(side)[rows] for side in zip(*map(self.sentences, names), strict=True))
         loss = torch.zeros((), device=self.device)
         if self.abnormal_prompts is not None:
@@ -113,9 +115,6 @@ class SPGDD(nn.Module):
             learned = self.abnormal_prompts(*tower, self.text_tokenizer, names)[rows]  # (n, P, J)
             loss, abnormal = matching_loss(abnormal, learned), torch.cat([abnormal, learned], dim=1)
         return F.normalize(torch.stack([normal.mean(1), abnormal.mean(1)], dim=1), dim=-1), loss
-
-    def _tokenise(self, texts: list[str]) -> Tensor:
-        return self.text_tokenizer(texts).to(self.device)
 
     @torch.no_grad()
     def anomaly_map(
@@ -137,20 +136,21 @@ class SPGDD(nn.Module):
         barred = None
         if without is not None:
             barred = bank.origin.to(self.device) == without.to(self.device)[:, None, None, None]  # (B, L, S, M)
-        anchors = None if self.comparison is None else self.anchors(product)
-        return self.few_shot_map(features.patches, anchors, bank.tokens[None], barred)
+        words = None
+        if self.comparison is not None:
+            words = word_evidence(self.image_decoder(features.patches), self.anchors(product))
+        return self.few_shot_map(features.patches, words, bank.tokens[None], barred)
 
     def few_shot_map(
-        self, patches: Tensor, anchors: Tensor | None, tokens: Tensor, barred: Tensor | None = None
+        self, patches: Tensor, words: Tensor | None, tokens: Tensor, barred: Tensor | None = None
     ) -> Tensor:
         """Map (B, 1, 224, 224) of patches (B, L, N, D) against G banks; see ``Memory.compare``.
 
-        ``anchors`` (2, J) or (B, 2, J) are for the joined map, which the memory alone is not.
+        ``words`` (B, L, N) is ``word_evidence``, for the joined map alone.
         """
         fused = self.memory.fuse(self.memory.compare(patches, tokens, barred)[0])  # (B, N)
         if self.comparison is None:
             return enlarge(on_grid(fused)[:, None])
-        words = word_evidence(self.image_decoder(patches), anchors)
         return probability(enlarge(on_grid(self.comparison(fused, words))[:, None]))
 
     def prompt_tokens(
@@ -223,22 +223,24 @@ class SPGDD(nn.Module):
         # Images with equally many normal ones come together, zero-shot ones first: all losses are means.
         counts = [0 if given is None else len(given) for given in normals or [None] * len(products)]
         order = sorted(range(len(products)), key=counts.__getitem__)
-        index = self._beside(order)
+        index = to_device(torch.tensor(order), self.device)
         embedding, patches = (part.index_select(0, index) for part in features)
         products, conversations = ([values[row] for row in order] for values in (products, conversations))
 
         anchors, matching = self.learned_anchors(products)  # (B, 2, J)
         decoded = self.image_decoder(patches)
         probabilities = zero_shot_probabilities(decoded, anchors)  # (B, L, 2, 224, 224)
+        words = word_evidence(decoded, anchors)  # (B, L, N)
         zero_shot, maps, banks = probabilities[:, :, 1].mean(1, keepdim=True), [], []
         for count, group in itertools.groupby(order, key=counts.__getitem__):
             group = list(group)
-            part = slice(sum(map(len, maps)), sum(map(len, maps)) + len(group))
+            start = sum(map(len, maps))
+            part = slice(start, start + len(group))
             tokens = None
             if count:
                 given = torch.stack([normals[row] for row in group]).to(self.device)  # (g, K, L, N, D)
                 tokens = self.memory.tokens(given)
-            maps.append(zero_shot[part] if tokens is None else self.few_shot_map(patches[part], anchors[part], tokens))
+            maps.append(zero_shot[part] if tokens is None else self.few_shot_map(patches[part], words[part], tokens))
             banks.append((part, tokens))
         maps = torch.cat(maps)
         prompts = self._map_tokens(maps, patches)
@@ -262,11 +264,6 @@ class SPGDD(nn.Module):
                 parts["triplet"] = triplet_loss(decoded, anchors, truth)
                 parts["matching"] = MATCHING * matching
         return TrainingLoss(said.loss + sum(parts.values()), said.loss, parts, said.token_accuracy)
-
-    def _beside(self, rows: list[int]) -> Tensor:
-        """Indices on the model's device; a GPU is not waited for."""
-        index = torch.tensor(rows)
-        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
 
 
 def choose_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
@@ -323,7 +320,7 @@ def load_deltas(model: SPGDD, deltas: Sequence[Delta], root: Path) -> None:
     _require_files(replace(model.profile, deltas=tuple(deltas)), root)
     for delta in deltas:
         # The published files name the language model's parameters without saying whose they are.
-        state = load_delta(root / delta.file)
+        state = read_tensors(root / delta.file)
         state = {f"language.{k}" if k.startswith("llama_") else k: value for k, value in state.items()}
         try:
             apply_delta(model, state, delta.parts)

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
 from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna
-from spgdd.weights.delta import apply_delta, load_delta, save_delta
+from spgdd.weights.checkpoint import read_tensors
+from spgdd.weights.delta import apply_delta, save_delta
 
 PANDA = FIXTURES / "pandagpt"
 JOINT = 32
@@ -31,7 +32,7 @@ def vicuna():
 
 @pytest.fixture(scope="module")
 def published():
-    return load_delta(PANDA / "delta" / "delta.safetensors")
+    return read_tensors(PANDA / "delta" / "delta.safetensors")
 
 
 def trainable(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -46,7 +47,7 @@ def assert_same(first: dict, second: dict):
 @pytest.mark.parametrize("file", ["delta.safetensors", "pytorch_model.pt"])
 def test_published_delta(vicuna, file):
     nn.init.normal_(vicuna.llama_proj.weight)
-    state = load_delta(PANDA / "delta" / file)
+    state = read_tensors(PANDA / "delta" / file)
     base = vicuna.llama_model.get_input_embeddings().weight.clone()
     apply_delta(vicuna, state, expect={"llama_model.", "llama_proj."})
     assert_same(trainable(vicuna), state)
@@ -146,19 +147,19 @@ def test_a_pickle_with_code_is_refused(tmp_path):
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     for name in ("evil.pt", "old.pt"):
         with pytest.raises(WeightsError, match="could run code, or is no checkpoint"):
-            load_delta(tmp_path / name)
+            read_tensors(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["page.pt", "page.safetensors"])
 def test_a_web_page_is_named(tmp_path, name):
     (tmp_path / name).write_text("\n<!DOCTYPE html><html>Not found</html>")
     with pytest.raises(WeightsError, match="it is a web page"):
-        load_delta(tmp_path / name)
+        read_tensors(tmp_path / name)
 
 
 def test_a_checkpoint_from_before_2020_loads(tmp_path):
     torch.save({"x": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert torch.equal(load_delta(tmp_path / "old.pt")["x"], torch.ones(2))
+    assert torch.equal(read_tensors(tmp_path / "old.pt")["x"], torch.ones(2))
 
 
 @pytest.mark.parametrize("file", ["delta.safetensors", "pytorch_model.pt"])
@@ -167,7 +168,7 @@ def test_a_truncated_file_is_refused(tmp_path, file, share):
     content = (PANDA / "delta" / file).read_bytes()
     (tmp_path / file).write_bytes(content[:int(share * len(content))])
     with pytest.raises(WeightsError, match="is cut short, damaged or no checkpoint"):
-        load_delta(tmp_path / file)
+        read_tensors(tmp_path / file)
 
 
 def test_other_contents_are_refused(tmp_path):
@@ -175,9 +176,9 @@ def test_other_contents_are_refused(tmp_path):
     torch.save({"step": 3}, tmp_path / "number.pt")
     for name in ("list.pt", "number.pt"):
         with pytest.raises(WeightsError, match="that is no table of tensors"):
-            load_delta(tmp_path / name)
+            read_tensors(tmp_path / name)
     with pytest.raises(WeightsError, match=r"no weight file .*absent\.pt.*weights download"):
-        load_delta(tmp_path / "absent.pt")
+        read_tensors(tmp_path / "absent.pt")
 
 
 def test_saved_delta_comes_back(tmp_path, vicuna, published):
@@ -189,7 +190,7 @@ def test_saved_delta_comes_back(tmp_path, vicuna, published):
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"profile": "mini"}
     fresh = tiny()
-    apply_delta(fresh, load_delta(path))
+    apply_delta(fresh, read_tensors(path))
     assert_same(trainable(fresh), published)
 
 

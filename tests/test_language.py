@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import FIXTURES, check
 from spgdd.errors import DataError, SpgddError, WeightsError
 from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna, encode_turns, fold_history
-from spgdd.weights.delta import apply_delta, load_delta
+from spgdd.weights.checkpoint import read_tensors
+from spgdd.weights.delta import apply_delta
 
 PANDA = FIXTURES / "pandagpt"
 CONFIG = json.loads((PANDA / "config.json").read_text())
@@ -30,7 +31,7 @@ def reference():
 
 def panda(**options) -> Vicuna:
     vicuna = Vicuna.load(PANDA / "llama", joint=JOINT, lora=LORA, **options)
-    apply_delta(vicuna, load_delta(PANDA / "delta" / "delta.safetensors"))
+    apply_delta(vicuna, read_tensors(PANDA / "delta" / "delta.safetensors"))
     return vicuna
 
 

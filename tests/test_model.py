@@ -20,7 +20,8 @@ from spgdd.model import SPGDD, choose_dtype, load_model
 from spgdd.profiles import get_profile
 from spgdd.selfprompt import rotations
 from spgdd.selfprompt.focuser import zero_shot_logits
-from spgdd.weights.delta import load_delta, save_delta
+from spgdd.weights.checkpoint import read_tensors
+from spgdd.weights.delta import save_delta
 from test_selfprompt import CONFIG, OUTPUTS, TINY, TINY_IMAGEBIND, TRAIN, prompt_learner_weights
 
 TINY_PROFILE = dataclasses.replace(get_profile("anomalygpt-7b"), name="tiny", imagebind="TINY", lora_rank=4)
@@ -236,7 +237,7 @@ def test_a_loaded_model_is_in_evaluation_mode_and_only_small_parts_can_be_traine
 
 
 def delta_without(weights, prefix):
-    state = load_delta(weights / "anomalygpt_ckpt/train_mvtec/pytorch_model.pt")
+    state = read_tensors(weights / "anomalygpt_ckpt/train_mvtec/pytorch_model.pt")
     return {name: value for name, value in state.items() if not name.startswith(prefix)}
 
 
@@ -266,7 +267,7 @@ def test_deltas_load_in_order_and_a_trained_one_brings_its_memory(model, weights
     assert torch.equal(loaded.language.llama_proj.bias, model.language.llama_proj.bias + 1)
     for (name, own), other in zip(loaded.named_parameters(), trained.parameters(), strict=True):
         assert torch.equal(own, other), name
-    state = load_delta(tmp_path / "delta.safetensors")
+    state = read_tensors(tmp_path / "delta.safetensors")
     del state["memory.gates"]
     save_file(state, tmp_path / "delta.safetensors")
     with pytest.raises(WeightsError, match="memory.gates"):

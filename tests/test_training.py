@@ -22,7 +22,8 @@ from spgdd.training.engine import LossScale
 from spgdd.training.log import TrainingError
 from spgdd.training.loop import pace, train
 from spgdd.training.settings import Settings, load_settings
-from spgdd.weights.delta import apply_delta, load_delta
+from spgdd.weights.checkpoint import read_tensors
+from spgdd.weights.delta import apply_delta
 from tiny_training import TinyData, settings, tiny_model
 
 
@@ -103,7 +104,7 @@ def test_only_lora_and_the_projection_and_the_own_parts_learn(plain):
 def test_the_delta_makes_another_model_the_same(plain):
     folder, _, model = plain
     other = tiny_model()
-    apply_delta(other, load_delta(folder / "delta.safetensors"))
+    apply_delta(other, read_tensors(folder / "delta.safetensors"))
     assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in other.named_parameters())
 
 
@@ -342,7 +343,7 @@ def test_the_command_trains_mini_on_the_fly(tmp_path, capsys):
     short = ["--steps", "1", "--batch", "2", "--variants", "0", "--no-compile", "--evaluate_every", "0"]
     assert cli.main([*common, *short, "--save_path", str(tmp_path / "new/deep")]) == 0
     assert "delta.safetensors: trained" in capsys.readouterr().out
-    assert load_delta(tmp_path / "new/deep/delta.safetensors").keys() > {"language.llama_proj.weight"}
+    assert read_tensors(tmp_path / "new/deep/delta.safetensors").keys() > {"language.llama_proj.weight"}
     assert cli.main([*common, *short, "--save_path", str(tmp_path / "new/deep")]) == 1
     assert "--resume" in capsys.readouterr().err
     assert cli.main(["train", "--preset", "workshop"]) == 1

@@ -9,8 +9,8 @@ import torch
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
 from spgdd.weights.catalog import get_bundle
-from spgdd.weights.checkpoint import STANDIN, TensorFile, is_standin, split
-from spgdd.weights.delta import apply_delta, load_delta
+from spgdd.weights.checkpoint import STANDIN, TensorFile, is_standin, read_tensors, split
+from spgdd.weights.delta import apply_delta
 from spgdd.weights.download import download
 from spgdd.weights.standin import _tokenizer, bundle_specs, standin, write_pickle
 from spgdd.weights.verify import status
@@ -99,7 +99,7 @@ def test_published_deltas_load_strictly_into_the_real_size_model(tmp_path):
         model = SPGDD(profile, ImageBind(HUGE), Vicuna(llama, tokenizer, HUGE.joint), TextTokenizer())
     standin(["pandagpt-7b", "anomalygpt-mvtec"], tmp_path, progress=False)
     for delta in profile.deltas:
-        state = load_delta(tmp_path / delta.file)
+        state = read_tensors(tmp_path / delta.file)
         state = {f"language.{k}" if k.startswith("llama_") else k: value for k, value in state.items()}
         apply_delta(model, state, delta.parts)
         name, _ = state.popitem()

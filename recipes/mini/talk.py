@@ -12,7 +12,8 @@ from spgdd.model import SPGDD, load_model
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
 from spgdd.tadd.miniworld import write_world
 from spgdd.training.data import TrainingData
-from spgdd.weights.delta import apply_delta, load_delta
+from spgdd.weights.checkpoint import read_tensors
+from spgdd.weights.delta import apply_delta
 
 
 def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
@@ -23,7 +24,7 @@ def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
     }
     parts = dict.fromkeys(("comparison", "focus", "memory_tokens", "learned_prompts"), True)
     model = load_model(dataclasses.replace(mini, **files, **parts, deltas=deltas), folder)
-    maps = load_delta(folder / "maps.safetensors")
+    maps = read_tensors(folder / "maps.safetensors")
     apply_delta(model, {name: value for name, value in maps.items() if name.startswith(SPGDD_PARTS)},
                 ("image_decoder.", "memory.", "comparison."))  # fmt: skip
     return model

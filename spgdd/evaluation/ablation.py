@@ -49,8 +49,6 @@ def ablate(model, scales: Sequence[int] | None = None, **switches):
             setattr(model, name, None)
     if switches.get("comparison") and model.comparison is None:
         model.comparison = Comparison().to(model.device)
-    if switches.get("comparison") and model.comparison is None:
-        model.comparison = Comparison().to(model.memory.gates.device)
     if not switches.get("gates", True):
         model.memory.gates.fill_(1)
     if not switches.get("fusion", True):

@@ -181,7 +181,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
             for loaded, corner_maps in zip(batch, np.split(maps, len(batch)), strict=True):
                 picture = loaded.picture
                 score, verdict, regions, square_map = judge(
-                    corner_maps, limits[key], loaded.placement, picture.name, diagnoser.model.profile.score_share
+                    corner_maps, limits[key], loaded.placement, picture.name, model.profile.score_share
                 )
                 shown.append(prompt_map(corner_maps, square_map))
                 records.append({

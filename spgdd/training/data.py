@@ -13,7 +13,7 @@ every rank finds the same.
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,15 +68,11 @@ class Batch:
     normals: list[Tensor | None] | None  # (K, L, N, D) float16 of each example, None without any; None: none has any
 
     def to(self, device: torch.device | str) -> "Batch":
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The batch with every tensor changed."""
-        normals = self.normals and [None if tensor is None else change(tensor) for tensor in self.normals]
-        masks = None if self.masks is None else change(self.masks)
-        return Batch(
-            self.keys, ImageFeatures(*map(change, self.features)), self.products, self.conversations, masks, normals
-        )
+        features, normals = ImageFeatures(*map(move, self.features)), self.normals and [*map(move, self.normals)]
+        return Batch(self.keys, features, self.products, self.conversations, move(self.masks), normals)
 
 
 class TrainingData:

@@ -184,10 +184,7 @@ def read(data, model: SPGDD, settings: Settings, worker, length: int, done: int,
         stream = data.batches(itertools.chain.from_iterable(plan), epoch)
 
         def step(parts: list, stream=stream) -> list[tuple]:
-            found = [next(stream) for _ in parts]
-            if worker.device.type == "cuda":  # a GPU fetches from pinned memory without making anybody wait
-                found = [batch.each(Tensor.pin_memory) if data.cache is not None else batch for batch in found]
-            return [(batch, count(model, batch, settings)) for batch in found]
+            return [(batch, count(model, batch, settings)) for batch in (next(stream) for _ in parts)]
 
         with ThreadPoolExecutor(1) as pool:
             for waiting in ahead(pool.submit(step, parts) for parts in plan):

@@ -7,12 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spgdd.errors import WeightsError
-from spgdd.weights.checkpoint import read_tensors, write_safetensors
-
-
-def load_delta(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name from a published `.pt` or a `.safetensors` file, on the CPU; errors of `read_tensors`."""
-    return read_tensors(path)
+from spgdd.weights.checkpoint import write_safetensors
 
 
 def apply_delta(module: nn.Module, state: Mapping[str, Tensor],
