@@ -17,6 +17,7 @@ from spgdd.errors import SpgddError
 from spgdd.geometry import Placement, Region, assemble, find_regions
 from spgdd.imagebind import ImageFeatures
 from spgdd.images import image_name, read_image
+from spgdd.language import Answer
 from spgdd.reference import Reference, build_reference, digest, encode, load_reference, view_maps
 from spgdd.report import card, preview, save_report
 from spgdd.tadd.words import default_question
@@ -34,6 +35,7 @@ class Diagnosis:
     normals: tuple[str, ...]
     question: str
     text: str
+    yes: float  # how likely the text was to begin with Yes and not with No: the text's own doubt
     history: tuple[tuple[str, str], ...]  # earlier (question, answer) pairs of this conversation
     score: float  # largest value of the model's map: with normals 0..2, 0 is just like them; without, 0..1
     verdict: str  # "normal", "defective" or "unsure"
@@ -46,7 +48,7 @@ class Diagnosis:
     placement: Placement
     square_map: np.ndarray  # float32 (M, M): the map in the square that the model saw, M = 224 without tiles
     preview: bytes  # JPEG
-    _reply: Callable[[str, Sequence[tuple[str, str]], int], str]
+    _reply: Callable[[str, Sequence[tuple[str, str]], int], Answer]
 
     @cached_property
     def anomaly_map(self) -> np.ndarray:
@@ -76,8 +78,8 @@ class Diagnosis:
     def ask(self, question: str, max_new_tokens: int = 128) -> "Diagnosis":
         """The same diagnosis with the answer to a further question; the picture is not encoded again."""
         history = (*self.history, (self.question, self.text))
-        text = self._reply(question, history, max_new_tokens)
-        return replace(self, question=question, text=text, history=history)
+        answer = self._reply(question, history, max_new_tokens)
+        return replace(self, question=question, text=answer.text.strip(), yes=answer.yes, history=history)
 
     def to_dict(self, timings: bool = False) -> dict:
         """JSON values, the same on every run; ``timings`` adds the seconds per stage, which are not."""
@@ -104,6 +106,7 @@ class Diagnosis:
             "seen_share": _rounded(self.placement.seen_share),
             "question": self.question,
             "text": self.text,
+            "text_yes": None if self.agreement == "not asked" else _rounded(self.yes),
             "agreement": self.agreement,
             "history": [list(turn) for turn in self.history],
             "notes": list(self.notes),
@@ -192,12 +195,11 @@ class Diagnoser:
         shown = prompt_map(maps, square_map).to(whole.embedding.device)
         prompt_tokens = self.model.prompt_tokens(shown, whole, bank)  # (1, P, H)
 
-        def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int) -> str:
-            generate = self.model.language.generate
-            return generate(whole.embedding, question, history, prompt_tokens, max_new_tokens).text.strip()
+        def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int) -> Answer:
+            return self.model.language.generate(whole.embedding, question, history, prompt_tokens, max_new_tokens)
 
         question = default_question(product) if question is None else question
-        text = reply(question, history, max_new_tokens)
+        answer = reply(question, history, max_new_tokens)
         watch.lap("text")
 
         notes = list(picture.info["notes"])
@@ -210,8 +212,8 @@ class Diagnoser:
             notes.append("it is one of the normal pictures itself, so a low score says nothing")
         return Diagnosis(
             image=image_name(image), product=product, profile=self.model.profile.name,
-            normals=normals.normals if normals else (), question=question, text=text,
-            history=tuple(tuple(turn) for turn in history), score=score, verdict=verdict, limits=limits,
+            normals=normals.normals if normals else (), question=question, text=answer.text.strip(),
+            yes=answer.yes, history=tuple(tuple(turn) for turn in history), score=score, verdict=verdict, limits=limits,
             calibration=calibration, false_alarm_rate=false_alarm_rate, regions=regions, notes=tuple(notes),
             timings=watch.laps, placement=placement, square_map=square_map, preview=preview(picture),
             _reply=reply,

@@ -73,6 +73,7 @@ def card(diagnosis, style: str = STYLE) -> str:
     if d.agreement in AGREEMENT:
         colour = "color:#e8590c" if d.agreement == "disagree" else ""
         chips += f'<span class="spgdd-chip" style="{colour}">{AGREEMENT[d.agreement]}</span>'
+        chips += f'<span class="spgdd-chip">text: Yes {d.yes:.0%}</span>'
     turns = "".join(
         f'<div class="spgdd-says"><div class="spgdd-soft">{escape(asked)}</div>{escape(answer) or "-"}</div>'
         for asked, answer in (*d.history, (d.question, d.text))

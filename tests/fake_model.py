@@ -64,4 +64,4 @@ class FakeModel:
     def generate(self, embedding, question, history=(), prompt_tokens=None, max_new_tokens=128):
         self.asked.append((question, tuple(history)))
         answer = "Yes, there is an anomaly." if prompt_tokens.max() > 0.1 else "No, there is no anomaly."
-        return SimpleNamespace(text=answer)
+        return SimpleNamespace(text=answer, yes=float(answer.startswith("Yes")))

@@ -48,6 +48,7 @@ class Answer(NamedTuple):
     text: str
     ids: list[int]  # as generated, with the stop marker or EOS
     stopped: Literal["marker", "eos", "length"]
+    yes: float  # how likely it was to begin with Yes and not with No, 0 to 1
 
 
 class Vicuna(nn.Module):
@@ -71,6 +72,7 @@ class Vicuna(nn.Module):
         self.llama_proj = nn.Linear(joint, self.hidden, device=self._embeddings.weight.device)
         self.tokenizer = tokenizer
         self.stop_id = tokenizer.piece_id("##")  # of the "\n###" that ends an answer
+        self.verdict_ids = [tokenizer.encode(word)[0] for word in ("Yes", "No")]
         self.pad_to = 1  # training sequences get a multiple of so many tokens: a compiled model wants few lengths
         self.scored = 2048  # answer tokens whose logits are held at once: 0.6 GB with 32,000 pieces and gradients
 
@@ -183,25 +185,6 @@ class Vicuna(nn.Module):
                    in zip(self._project(image_embedding).split(1), questions, tokens, strict=True)]
         return self._answers(prompts, max_new_tokens)
 
-    @torch.no_grad()
-    def choice_probabilities(self, image_embedding: Tensor, question: str,
-                             choices: Sequence[str] = ("Yes", "No"),
-                             prompt_tokens: Tensor | None = None) -> dict[str, float]:
-        """How likely the answer begins with each of the choices; arguments as in `generate`.
-
-        Returns each choice's share (together 1) and, under "mass", the probability of all of them: near 0 the
-        model wants to say something else. A choice's probability is the product over its tokens; in LLaMA's
-        vocabulary Yes and No are one token each.
-        """
-        vector = self._project(image_embedding).sum(dim=0, keepdim=True)  # (1, H)
-        prompt = self._prompt(vector, fold_history((), question), prompt_tokens).expand(len(choices), -1, -1)
-        ids = self._pad([self.tokenizer.encode(choice) for choice in choices], -1)  # (C, T)
-        embeds = torch.cat([prompt, self._embeddings(ids[:, :-1].clamp(min=0))], dim=1)  # (C, S + T - 1, H)
-        logits = self.llama_model(inputs_embeds=embeds, logits_to_keep=ids.shape[1], use_cache=False).logits
-        log_p = logits.float().log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None])[..., 0]  # (C, T)
-        p = log_p.masked_fill(ids < 0, 0.0).sum(dim=1).exp()  # (C,)
-        return dict(zip(choices, (p / p.sum()).tolist(), strict=True)) | {"mass": p.sum().item()}
-
     def _project(self, image_embedding: Tensor) -> Tensor:
         """(J,) or (B, J) to (B, H), in the precision of the token embeddings."""
         vectors, weight = torch.atleast_2d(image_embedding), self.llama_proj.weight
@@ -258,18 +241,26 @@ class Vicuna(nn.Module):
         config = GenerationConfig(
             max_new_tokens=min(max_new_tokens, room), bos_token_id=self.tokenizer.bos,
             pad_token_id=self.tokenizer.eos, eos_token_id=[self.tokenizer.eos, self.stop_id], **sampling)
-        rows = self.llama_model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
-        return [self._answer(row) for row in rows.tolist()]
+        first: list[Tensor] = []
 
-    def _answer(self, ids: list[int]) -> Answer:
+        def listen(ids: Tensor, logits: Tensor) -> Tensor:
+            if not first:
+                first.append(logits[:, self.verdict_ids].float().softmax(-1)[:, 0])
+            return logits
+
+        rows = self.llama_model.generate(
+            inputs_embeds=embeds, attention_mask=mask, generation_config=config, logits_processor=[listen])
+        return [self._answer(row, yes) for row, yes in zip(rows.tolist(), first[0].tolist(), strict=True)]
+
+    def _answer(self, ids: list[int], yes: float) -> Answer:
         """Generated ids up to the first end; only the end marker, a newline and ##, is cut from the text."""
         for position, token in enumerate(ids):
             if token == self.stop_id:
                 text = self.tokenizer.decode(ids[:position]).removesuffix("\n")
-                return Answer(text, ids[:position + 1], "marker")
+                return Answer(text, ids[:position + 1], "marker", yes)
             if token == self.tokenizer.eos:
-                return Answer(self.tokenizer.decode(ids[:position]), ids[:position + 1], "eos")
-        return Answer(self.tokenizer.decode(ids), ids, "length")
+                return Answer(self.tokenizer.decode(ids[:position]), ids[:position + 1], "eos", yes)
+        return Answer(self.tokenizer.decode(ids), ids, "length", yes)
 
 
 def _quantization(quantize: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
