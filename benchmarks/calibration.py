@@ -1,9 +1,11 @@
 """The prior of spgdd.calibration, measured on training families, and the false alarms that follow from it.
 
-    python benchmarks/calibration.py train [PROFILE]          # twenty minutes on two CPU cores
+    python benchmarks/calibration.py train [PROFILE]          # half an hour on two CPU cores
     python benchmarks/calibration.py held-out [PROFILE]
+    python benchmarks/calibration.py DIR [PROFILE]            # a folder of data sets
 
-The second shows whether the promise is kept on families that no training saw; nothing is chosen on those.
+The others show whether the promise is kept on families that no training saw, and on photographs; nothing is chosen
+on those.
 """
 
 import sys
@@ -14,19 +16,24 @@ from scipy import optimize, special, stats
 
 import spgdd
 from spgdd.calibration import PRIORS, Calibration, upper_bound
-from spgdd.evaluation.protocol import evaluate, miniworld_tasks
+from spgdd.evaluation.protocol import evaluate, folder_tasks, miniworld_tasks
 from spgdd.tadd.miniworld.world import FAMILIES, HELD_OUT_FAMILIES
 
 RATES = (0.01, 0.05, 0.1)
-SHOTS, SEEDS = (1, 2, 4, 8), (0, 1)
+SHOTS, SEEDS = (1, 2, 4, 8), (0, 1, 2)
 PRODUCTS = 3  # of each family
-GOOD = 24  # pictures of a product that no reference knows
+GOOD = 24  # pictures of a product that no reference knows; of photographs PHOTOGRAPHS
+PHOTOGRAPHS = 100
 
 
-def measure(families: list[str], products: int, profile: str) -> list[tuple[int, str, Calibration, np.ndarray]]:
-    """Shots, family, calibration and the scores of good pictures in doubt, of each product and shot set."""
-    tasks = miniworld_tasks(families, products, GOOD)
-    tasks = [replace(task, queries=[p for p in task.queries if p.kind == "good"][:GOOD]) for task in tasks]
+def measure(which: str, profile: str) -> list[tuple[int, str, Calibration, np.ndarray]]:
+    """Shots, family or subset, calibration and the scores of unseen good pictures, of each product and shot set."""
+    if which in ("train", "held-out"):
+        families = [name for name in FAMILIES if (name in HELD_OUT_FAMILIES) == (which == "held-out")]
+        tasks, count = miniworld_tasks(families, PRODUCTS, GOOD), GOOD
+    else:
+        tasks, count = folder_tasks(which, limit=PHOTOGRAPHS), PHOTOGRAPHS
+    tasks = [replace(task, queries=[p for p in task.queries if p.kind == "good"][:count]) for task in tasks]
     rows = []
     for run in evaluate(spgdd.load(profile), tasks, SHOTS, SEEDS, text=False):
         about = {name: tuple(v) if isinstance(v, list) else v for name, v in run["calibration"].items()}
@@ -66,14 +73,12 @@ def alarms(rows: list[tuple], rate: float) -> float:
 
 
 def main(which: str, profile: str = "mini") -> None:
-    held_out = which == "held-out"
-    families = [family for family in FAMILIES if (family in HELD_OUT_FAMILIES) == held_out]
-    rows = measure(families, PRODUCTS, profile)
+    rows = measure(which, profile)
     fit(rows)
     print("false alarms in percent; asked:" + "".join(f"{100 * rate:8g}" for rate in RATES))
     for shots in SHOTS:
         those = [row for row in rows if row[0] == shots]
-        groups = {name: [row for row in those if row[1] == name] for name in families}
+        groups = {name: [row for row in those if row[1] == name] for name in dict.fromkeys(row[1] for row in those)}
         for name, group in (groups | {"all": those}).items():
             print(f"  {shots:2} shots  {name:<22}" + "".join(f"{alarms(group, rate):8.1f}" for rate in RATES))
 

@@ -7,6 +7,7 @@ DIR holds data sets in MVTec's layout; at most LIMIT good and LIMIT defective pi
 
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +29,8 @@ def main(folder: str, limit: int | None) -> None:
     @torch.inference_mode()
     def encode():
         for task in tasks:
-            for batch in load_batches(task.queries, diagnoser.model.profile):
+            unmarked = [replace(picture, mask=None) for picture in task.queries]
+            for batch in load_batches(unmarked, diagnoser.model.profile):
                 encode_views(diagnoser.model, [view for loaded in batch for view in loaded.views])
 
     encode()  # warms the file cache

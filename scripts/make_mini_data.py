@@ -16,14 +16,14 @@ FOLDER = Path(__file__).resolve().parent.parent / "data" / "mini"
 SEED = 2
 PRODUCTS = {  # family: the defect types of its pictures, every type of the mini world once or more
     "brushed_metal": ("scratch", "dent"),
-    "weave": ("thread", "hole"),
+    "weave": ("fray", "hole"),
     "wood": ("stain", "burn"),
-    "leather": ("fold", "fray"),
+    "leather": ("fold", "glue"),
     "concrete": ("crack", "pitting"),
     "circuit_board": ("misprint", "glue"),
     "nut": ("contamination", "chipped_edge"),
     "screw": ("bent", "scratch"),
-    "pill": ("discolouration", "crack"),
+    "pill": ("discolouration", "thread"),
     "gear": ("missing_part", "stain"),
     "cable": ("hole", "contamination"),
     "ring": ("blowhole", "chipped_edge"),

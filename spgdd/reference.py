@@ -16,7 +16,8 @@ from spgdd.imagebind.preprocess import normalise
 from spgdd.images import image_name, list_images, read_image
 from spgdd.selfprompt.memory import MemoryBank, rotations
 
-BATCH = 32  # views that the vision tower and the memory take at once
+BATCH = 32  # views that the vision tower takes at once
+COMPARED = 8  # views that the memory takes at once: what it makes of more leaves a processor's cache
 HELD_OUT = 64  # at most so many normal pictures are scored against the others
 
 
@@ -123,7 +124,7 @@ def view_maps(model, features: ImageFeatures, product: str, bank: MemoryBank | N
     ``without`` (B,): the number of the normal picture that each view is not compared with.
     """
     maps = []
-    for part in torch.arange(len(features.patches)).split(BATCH):
+    for part in torch.arange(len(features.patches)).split(COMPARED):
         some = ImageFeatures(*(values[part] for values in features))
         left_out = None if without is None else without[part]
         maps.append(model.anomaly_map(some, product, bank, left_out)[:, 0].float().cpu())

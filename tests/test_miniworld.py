@@ -31,7 +31,8 @@ from spgdd.tadd.miniworld import (
 from spgdd.tadd.miniworld.defects import DEFECTS
 from spgdd.tadd.miniworld.noise import CELLS, CHANNELS, TILE, Dice, atlas, cells, noise
 from spgdd.tadd.miniworld.objects import OBJECTS
-from spgdd.tadd.miniworld.world import pose
+from spgdd.tadd.miniworld.samples import ATTEMPTS
+from spgdd.tadd.miniworld.world import CLEAR_RANDOM, CLEAR_REGULAR, clarity, pose
 from spgdd.tadd.records import read_records
 from spgdd.tadd.words import names_of
 
@@ -157,6 +158,52 @@ def test_families_have_only_the_defects_that_they_can_have(gallery):
         assert ("missing part" in kinds) == ("chipped edge" in kinds) == (family in OBJECTS)
         assert ("fold" in kinds) == (family not in OBJECTS)
         assert kinds - set(HELD_OUT_TYPES), f"nothing to train {family} on"
+
+
+def test_random_surfaces_have_no_defect_that_only_moves_them():
+    """Leather that is displaced looks like leather: nothing to find, and a mask there would be a false label."""
+    moving = {kind for kind, row in DEFECTS.items() if any(row.warp + row.tear) and not row.object_only}
+    assert moving == {"bent", "misprint", "fray"}
+    shown = {family: moving & {TYPES[i] for i in possible_types(family)} for family in FAMILIES}
+    for family in ("leather", "concrete", "asphalt", "paper", "cast_metal", "felt", "pattern"):
+        assert not shown.pop(family), family
+    assert shown.pop("weave") == {"fray"}
+    assert set(map(len, shown.values())) == {3}
+    with pytest.raises(DataError, match="no bent on a felt"):
+        draw_product("felt", 0, ["bent"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_possible_defect_comes_out_visibly(family):
+    """Within ATTEMPTS photographs, each of another product."""
+    left, products = torch.tensor(possible_types(family)), torch.arange(4)
+    for attempt in range(ATTEMPTS // len(products)):
+        kinds, parts = left.repeat_interleave(len(products)), (products + 60 * attempt).repeat(len(left))
+        shots = photograph(family, parts, parts + 7, kinds)
+        area = shots.masks.flatten(2).sum(2)
+        assert (area[area > 0] >= 24).all(), "a spot that nobody sees"
+        left = left[(shots.types < 0).view(len(left), -1).all(1)]
+        if not len(left):
+            return
+    raise AssertionError(f"{[TYPES[i] for i in left]} on {family} stays invisible")
+
+
+def test_clarity_is_measured_against_what_the_surface_itself_does():
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.full((1, 3, 224, 224), 0.5)
+    coarse = torch.rand(1, 1, 28, 28, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    fine = torch.rand(1, 1, 224, 224, generator=generator)
+    clear = []
+    for own in (flat, flat + 0.3 * (fine - 0.5), flat + 0.6 * (coarse - 0.5)):
+        stained = own.clone()
+        stained[:, :, 60:120, 60:120] -= 0.1
+        change = clarity(stained, own)
+        assert change.shape == (1, 56, 56) and change[:, :15].max() < 1e-4
+        clear.append(change[:, 15:30, 15:30].mean().item())
+    check("mini world: clarity on a flat surface", torch.tensor(clear[0]), torch.tensor(0.1 / 0.02), atol=1e-3)
+    assert clear[0] > clear[1] > CLEAR_RANDOM, "grain as fine as a pixel hides no stain"
+    assert clear[2] < CLEAR_RANDOM, "spots of its size and more contrast hide it"
+    assert CLEAR_REGULAR < CLEAR_RANDOM
 
 
 def test_what_changes_lies_inside_the_masks(gallery):

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, check
+from spgdd.ahead import ahead
 from spgdd.errors import DataError, ImageError
 from spgdd.imagebind.preprocess import preprocess
 from spgdd.images import read_image
@@ -26,7 +27,7 @@ from spgdd.profiles import get_profile
 from spgdd.tadd.describe import describe, write_records
 from spgdd.tadd.index import Index, index_folder, read_mask
 from spgdd.training import cache as cache_module
-from spgdd.training.cache import Picture, ahead
+from spgdd.training.cache import Picture
 from spgdd.training.data import TrainingData
 
 MINI = ROOT / "data" / "mini"

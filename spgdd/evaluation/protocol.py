@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from spgdd.ahead import ahead, wait
 from spgdd.calibration import Calibration
 from spgdd.diagnosis import Diagnoser, judge, prompt_map, says_defective
 from spgdd.errors import DataError
@@ -236,13 +237,10 @@ class Loaded:
 def load_batches(pictures: Sequence[Picture], profile: Profile) -> Iterator[list[Loaded]]:
     """Decoded pictures in batches; while the caller works on one batch, the next is decoded."""
     with ThreadPoolExecutor() as pool:
-        waiting = []
-        for start in range(0, len(pictures), BATCH):
-            batch = pictures[start : start + BATCH]
-            waiting.append([pool.submit(load_picture, picture, profile.fit, profile.tiles) for picture in batch])
-            if len(waiting) > 1:
-                yield [future.result() for future in waiting.pop(0)]
-        yield [future.result() for future in waiting[0]]
+        batches = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
+        decoding = ([pool.submit(load_picture, one, profile.fit, profile.tiles) for one in batch] for batch in batches)
+        for futures in ahead(decoding):
+            yield wait(futures)
 
 
 def load_picture(picture: Picture, fit: str, tiles: int = 1) -> Loaded:

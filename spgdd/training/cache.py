@@ -11,13 +11,12 @@ leaves all that it has finished, and any number of runs and ranks may fill and r
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from spgdd.ahead import ahead, wait
 from spgdd.errors import DataError
 from spgdd.geometry import SIZE, Placement
 from spgdd.imagebind import ImageFeatures
@@ -192,14 +192,3 @@ def _write(path: Path, seen: Seen, embedding: Tensor, patches: Tensor) -> None:
     tensors = {"mask": seen.mask, "embedding": embedding, "patches": patches}
     partial.write_bytes(save(tensors, {"defects": json.dumps(seen.defects)}))
     os.replace(partial, path)
-
-
-def wait(futures: Iterable[Future]) -> list:
-    """The results; the first error is raised."""
-    return [future.result() for future in futures]
-
-
-def ahead(items: Iterable) -> Iterator:
-    """The items of a lazy iterable, each only when the next one has been started."""
-    for now, _ in itertools.pairwise(itertools.chain(items, [None])):
-        yield now

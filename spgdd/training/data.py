@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spgdd.ahead import ahead, wait
 from spgdd.errors import DataError
 from spgdd.geometry import SIZE
 from spgdd.imagebind import ImageFeatures
@@ -30,7 +31,7 @@ from spgdd.tadd.index import Row, index_folder
 from spgdd.tadd.records import read_records
 from spgdd.tadd.synthesis import DEFAULT, SETTINGS
 from spgdd.tadd.words import conversation
-from spgdd.training.cache import FeatureCache, Picture, Seen, ahead, encode, look, wait
+from spgdd.training.cache import FeatureCache, Picture, Seen, encode, look
 
 WINDOW = 64  # batches among which examples of like length are put together
 MARKERS = 5  # tokens of the format around a question or an answer, roughly

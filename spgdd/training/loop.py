@@ -28,12 +28,12 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint as recompute
 
 from spgdd import __version__
+from spgdd.ahead import ahead
 from spgdd.errors import DataError, SpgddError
 from spgdd.language.conversation import IGNORE, encode_turns
 from spgdd.model import SPGDD
 from spgdd.profiles import LANGUAGE_PARTS, SPGDD_PARTS
 from spgdd.training import checkpoint
-from spgdd.training.cache import ahead
 from spgdd.training.engine import ENGINES, micro_batch
 from spgdd.training.evaluation import evaluate
 from spgdd.training.log import Log

@@ -175,8 +175,8 @@ class Damage:
 
     def _dots(self, rows: Tensor) -> Tensor:
         """Signed distance to pits of many sizes."""
-        dense = self.dice[rows].log("dense", 3, 8)
-        pit = self._noise(dense, "pit", rows, "cell") - 0.3 * self._noise(dense, "pit", rows, "id")
+        dense = self.dice[rows].log("dense", 2, 5)
+        pit = self._noise(dense, "pit", rows, "cell") - 0.4 * self._noise(dense, "pit", rows, "id")
         return pit / (4 * dense)
 
     def _place(self, inside: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """Photographs of the mini world: products in front of a camera, good or damaged, and all that is known of them."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spgdd.tadd.grammar import place_of
@@ -17,6 +17,11 @@ from spgdd.tadd.miniworld.textures import TEXTURES
 FAMILIES = TEXTURES | OBJECTS
 HELD_OUT_FAMILIES = ("leather", "tile", "gear", "cable")  # never in training
 HELD_OUT_TYPES = ("glue", "fold", "burn")
+REGULAR = ("weave", "tile", "mesh", "circuit_board")  # textures that, as objects do, hide less than a random surface
+SHOWS_SHIFT = ("tile", "mesh", "circuit_board", "brushed_metal", "wood")  # textures of lines, which break or bend
+SHOWS_TEAR = ("weave", *SHOWS_SHIFT)  # the lines of cloth wander, but where it is torn they are gone
+CLEAR_REGULAR, CLEAR_RANDOM = 0.7, 1.2  # mean of ``clarity`` in its mask that a defect needs
+LEAST_AREA = 24 / 224**2  # of the picture, that a defect's mask needs
 CHUNK = 8  # pictures drawn together on a CPU, so that what is worked on stays in its cache
 
 
@@ -45,18 +50,24 @@ class Scene(NamedTuple):
 
 
 def possible_types(family: str) -> list[int]:
-    """Indices of the defect types that this family can have."""
+    """Indices of the defect types that this family can have.
+
+    None that nobody could see on it: leather, moved or torn, is leather.
+    """
     thing = family in OBJECTS
     return [i for i, row in enumerate(DEFECTS.values())
-            if not (row.texture_only if thing else row.object_only)]  # fmt: skip
+            if not (row.texture_only if thing else row.object_only)
+            and (thing or family in SHOWS_SHIFT or not any(row.warp))
+            and (thing or family in SHOWS_TEAR or not any(row.tear))]  # fmt: skip
 
 
 def photograph(family: str, products: Tensor, photos: Tensor, types: Tensor, size: int = 224) -> Photographs:
     """Draw photographs of products of one family.
 
     ``products`` and ``photos`` (B,) int64 are seeds: the same product seed is the same product; ``types`` (B,) is
-    the defect type of each picture, -1 for none. A defect too faint to be seen is left out, and a picture without
-    any left counts as good. Deterministic for given seeds, whatever the batch; CPU and GPU agree to rounding.
+    the defect type of each picture, one of ``possible_types`` or -1 for none. A defect too faint to be seen on this
+    product is left out, and a picture without any left counts as good. Deterministic for given seeds, whatever the
+    batch; CPU and GPU agree to rounding.
     """
     step = CHUNK if products.device.type == "cpu" else max(1, len(products))
     chunks = zip(products.split(step), photos.split(step), types.split(step), strict=True)
@@ -79,9 +90,8 @@ def _photograph(family: str, products: Tensor, photos: Tensor, types: Tensor, si
     if len(bad):
         scene = Scene(x, y, *surface, image, products, photos, types).rows(bad)
         count = photo.unit("count")[bad]
-        image[bad], masks[bad], contrast[bad] = _spoil(
-            FAMILIES[family], scene, view, torch.stack((count >= 0, count > 0.7, count > 0.9), 1)
-        )
+        slots = torch.stack((count >= 0, count > 0.7, count > 0.9), 1)
+        image[bad], masks[bad], contrast[bad] = _spoil(family, scene, view, slots)
         types[~masks.flatten(1).any(1)] = -1
     grain = noise("grain", view[0] * 9, view[1] * 9, photo, "sensor").sub_(0.5) * product("noise", 0, 0.12)
     image = (image + grain[:, None]).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
@@ -132,13 +142,24 @@ def soften(image: Tensor) -> Tensor:
     return (down[..., :-2, :] + down[..., 1:-1, :]).add_(down[..., 2:, :]).mul_(1 / 9)
 
 
-def _spoil(
-    draw: Callable, scene: Scene, view: tuple[Tensor, Tensor], slots: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def clarity(image: Tensor, clean: Tensor) -> Tensor:
+    """How clearly a picture differs from the clean one, about (B, 56, 56): 1 is as much as the clean one itself varies.
+
+    Both (B, 3, S, S). Compared are means over cells of S/56 pixels, since what varies from pixel to pixel hides
+    nothing larger; a cell of the clean picture varies by as much as it differs from the mean of its neighbours.
+    """
+    cell = max(1, image.shape[-1] // 56)
+    image, clean = F.avg_pool2d(image, cell), F.avg_pool2d(clean, cell)
+    own = soften((clean - soften(clean)).abs_().amax(1))
+    return (image - clean).abs_().amax(1) / (own + 0.02)
+
+
+def _spoil(family: str, scene: Scene, view: tuple[Tensor, Tensor], slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures of the scene with the defects of the given ``slots`` (B, SLOTS) bool.
 
     Returns the pictures, the visible part of each defect (B, SLOTS, S, S) bool and its contrast (B, SLOTS). What
-    of a picture's defects cannot be seen is not in it: then the picture is drawn again without these.
+    of a picture's defects cannot be seen against its own surface is not in it: then the picture is drawn again
+    without these.
     """
     product, photo = Dice(scene.products), Dice(scene.photos)
     albedo, height, hurt = scene.albedo.clone(), scene.height.clone(), {}
@@ -157,31 +178,34 @@ def _spoil(
             shift_x, shift_y = damage.shift()
             x[rows] += shift_x
             y[rows] += shift_y
-        surface = draw(x[moved], y[moved], product[moved])
+        surface = FAMILIES[family](x[moved], y[moved], product[moved])
         albedo[moved], height[moved] = surface.albedo, surface.height
     for rows, damage in hurt.values():
         albedo[rows], height[rows] = damage.paint(albedo[rows], height[rows])
     image = shoot(albedo, height, view, product, photo)
 
-    change = (image - scene.clean).abs_().amax(1)  # (B, S, S)
-    seen = soften(change) > 0.04
+    change, clear = (image - scene.clean).abs_().amax(1), clarity(image, scene.clean)
+    seen, cell = soften(change) > 0.04, image.shape[-1] // clear.shape[-1]
     masks = torch.zeros(len(image), SLOTS, *seen.shape[1:], dtype=torch.bool, device=image.device)
-    area, contrast = (torch.zeros(len(image), SLOTS, device=image.device) for _ in range(2))
+    area, contrast, clearness = (torch.zeros(len(image), SLOTS, device=image.device) for _ in range(3))
     for slot, (rows, damage) in hurt.items():
         mask = seen[rows].logical_and_(damage.mask > 0.2)
         masks[rows, slot] = mask
         area[rows, slot] = mask.flatten(1).sum(1).float()
         contrast[rows, slot] = (change[rows] * mask).flatten(1).sum(1)
+        share = F.avg_pool2d(mask.float(), cell)
+        clearness[rows, slot] = (clear[rows] * share).flatten(1).sum(1) * cell**2
     contrast /= area.clamp(min=1)
-    visible = (area >= 12) & (contrast > 0.06)
-    visible &= ((area * visible).sum(1) >= 24)[:, None]
+    visible = (area >= LEAST_AREA * seen[0].numel()) & (contrast > 0.06)
+    regular = family in OBJECTS or family in REGULAR
+    visible &= clearness > area * (CLEAR_REGULAR if regular else CLEAR_RANDOM)
     masks &= visible[..., None, None]
     contrast *= visible
     none = ~visible.any(1)
     image[none] = scene.clean[none]
     again = (~none & (slots & ~visible).any(1)).nonzero()[:, 0]
     if len(again):
-        image[again], masks[again], contrast[again] = _spoil(draw, scene.rows(again), view, visible[again])
+        image[again], masks[again], contrast[again] = _spoil(family, scene.rows(again), view, visible[again])
     return image, masks, contrast
 
 
