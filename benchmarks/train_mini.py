@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from sklearn.metrics import roc_auc_score
+
 from spgdd.diagnosis import says_defective
 from spgdd.model import load_model
 from spgdd.profiles import get_profile
@@ -34,18 +36,20 @@ def stage(name: str):
 
 
 def verdicts(model, data: TrainingData) -> dict[str, float]:
-    """Shares of right verdicts, and of answers without one, to "Is there any anomaly in the image?"."""
-    said, truth = [], []
+    """Shares of right verdicts and of answers without one to "Is there any anomaly in the image?", and Yes's AUROC."""
+    said, sure, truth = [], [], []
     rows = range(len(data))
     for batch in data.batches([rows[i : i + 40] for i in range(0, len(rows), 40)], epoch=0):
-        texts = answers(model, batch, [default_question(product) for product in batch.products])
-        said += [says_defective(text) for text in texts]
+        found = answers(model, batch, [default_question(product) for product in batch.products])
+        said += [says_defective(answer.text) for answer in found]
+        sure += [answer.yes for answer in found]
         truth += (batch.masks.amax((1, 2)) > 0).tolist()
     right = {flag: [s is flag for s, t in zip(said, truth, strict=True) if t is flag] for flag in (True, False)}
     good, defective = (sum(right[flag]) / len(right[flag]) for flag in (False, True))
     return {
         "pictures": len(said), "all": (sum(right[True]) + sum(right[False])) / len(said), "good": good,
         "defective": defective, "balanced": (good + defective) / 2, "no verdict": said.count(None) / len(said),
+        "AUROC": roc_auc_score(truth, sure),
     }  # fmt: skip
 
 
@@ -54,7 +58,8 @@ def main() -> None:
     add = parser.add_argument
     add("--products", type=int, default=150, help="to train on, 8 pictures each")
     add("--held-out", type=int, default=30, help="products of held-out families, 8 pictures each")
-    add("--shots", type=int, nargs="+", default=[0, 1, 2, 4])
+    add("--shots", type=int, nargs="+", default=[1, 2, 4])
+    add("--turns", type=int, default=1, help="questions of a conversation")
     add("--seed", type=int, default=0)
     add("--folder", type=Path, help="keeps what is drawn, encoded and trained (default: a temporary folder)")
     arguments, rest = parser.parse_known_args()
@@ -71,10 +76,11 @@ def main() -> None:
             model = load_model(dataclasses.replace(profile, deltas=profile.deltas[:1]))
         data, held_out = (
             TrainingData(
-                model, folder / name / "TADD_text.json", folder / name, cache=folder / "cache", variants=0, shots=shots
+                model, folder / name / "TADD_text.json", folder / name, cache=folder / "cache", variants=0, shots=shots,
+                turns=arguments.turns,
             )
             for name, shots in (("train", arguments.shots), ("held_out", [2]))
-        )
+        )  # fmt: skip
         with stage("fill the cache"):
             data.fill()
             held_out.fill()

@@ -159,9 +159,10 @@ def main() -> int:
 
     failed = []
     for path in paths:
-        print(f"{path.stem:<40}", end=" ", flush=True)
+        name = f"solution_{path.stem}" if path.parent.name == "solutions" else path.stem
+        print(f"{name:<40}", end=" ", flush=True)
         result = run(path.resolve(), arguments.profile, arguments.timeout)
-        save_page(result.notebook, path.stem)
+        save_page(result.notebook, name)
         print(f"{result.seconds:6.1f} s  {'FAILED' if result.failure else 'passed'}", flush=True)
         if result.failure:
             failed.append(path)
@@ -174,7 +175,7 @@ def main() -> int:
         print(f"\n{len(failed)} of {len(paths)} notebooks failed. Their pages until then: {where}/*.html")
         return 1
     print(f"\nAll {len(paths)} passed. Next: make lab, and begin with {paths[0].name};")
-    print(f"or read the executed pages in a browser: {where}/{paths[0].stem}.html")
+    print(f"or read the executed pages in a browser: {where}/*.html")
     return 0
 
 

@@ -29,6 +29,7 @@ def add_commands(subparsers) -> argparse.ArgumentParser:
     add("--chat_path", type=Path, metavar="FILE", help=f"PandaGPT's text (default: {CHAT} beside its images)")
     add("--held_out_path", type=Path, metavar="FILE", help="text about images for evaluation, as --data_path")
     add("--variants", type=int, default=4, metavar="N", help="self-supervised anomalies of a good image (default: 4)")
+    add("--turns", type=int, metavar="N", help="cut conversations to so many questions (default: none is cut)")
     add("--cache", type=Path, default=Path("runs/features"), metavar="DIR", help="features (default: runs/features)")
     add("--on_the_fly", action="store_true", help="no cache: encode each image again and again")
     add("--root", type=Path, metavar="DIR", help="folder of the weights (default: pretrained_ckpt)")
@@ -95,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     cache = None if args.on_the_fly else args.cache
     chat = args.image_root_path and (args.chat_path or args.image_root_path.parent / CHAT)
     data = TrainingData(model, args.data_path, args.tadd_path or images(args.data_path), chat=chat, cache=cache,
-                        chat_images=args.image_root_path, variants=args.variants, seed=settings.seed)  # fmt: skip
+                        chat_images=args.image_root_path, variants=args.variants, turns=args.turns,
+                        seed=settings.seed)  # fmt: skip
     held_out = None
     if args.held_out_path:
         held_out = TrainingData(model, args.held_out_path, images(args.held_out_path), cache=cache, variants=0)

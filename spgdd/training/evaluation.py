@@ -3,6 +3,7 @@
 import torch
 
 from spgdd.imagebind import ImageFeatures
+from spgdd.language import Answer
 from spgdd.model import SPGDD
 from spgdd.training.settings import Settings
 
@@ -31,9 +32,9 @@ def evaluate(model: SPGDD, data, settings: Settings) -> dict:
                 sums[name] += float(value) * len(batch.keys) / count
             questions, expected = ([talk[i]["value"] for talk in batch.conversations] for i in (0, 1))
             for question, wanted, answer in zip(questions, expected, answers(model, batch, questions), strict=True):
-                told.append({"question": question, "expected": wanted, "answered": answer})
+                told.append({"question": question, "expected": wanted, "answered": answer.text})
                 if (verdict := wanted[:3].strip(" ,.")) in ("Yes", "No"):
-                    right.append(answer.startswith(verdict))
+                    right.append(answer.text.startswith(verdict))
     model.train(training)
     model.imagebind.eval()
     verdicts = {"verdicts": sum(right) / len(right)} if right else {}
@@ -42,7 +43,7 @@ def evaluate(model: SPGDD, data, settings: Settings) -> dict:
 
 
 @torch.no_grad()
-def answers(model: SPGDD, batch, questions: list[str]) -> list[str]:
+def answers(model: SPGDD, batch, questions: list[str]) -> list[Answer]:
     """What the model says to each picture of a batch, with the batch's normal pictures for comparison."""
     prompts = []
     for row, product in enumerate(batch.products):
@@ -50,5 +51,4 @@ def answers(model: SPGDD, batch, questions: list[str]) -> list[str]:
         normals = batch.normals[row] if batch.normals else None
         bank = None if normals is None else model.build_bank(normals, product)
         prompts.append(model.prompt_tokens(model.anomaly_map(features, product, bank), features, bank))
-    replies = model.language.generate_batch(batch.features.embedding, questions, torch.cat(prompts), LONGEST)
-    return [reply.text for reply in replies]
+    return model.language.generate_batch(batch.features.embedding, questions, torch.cat(prompts), LONGEST)
