@@ -18,7 +18,7 @@ from pathlib import Path
 from sklearn.metrics import roc_auc_score
 
 from spgdd.diagnosis import says_defective
-from spgdd.model import load_model
+from spgdd.loading import load_model
 from spgdd.profiles import get_profile
 from spgdd.tadd.miniworld import write_world
 from spgdd.tadd.words import default_question

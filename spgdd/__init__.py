@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "diagnosis", "Diagnoser": "diagnosis", "Diagnosis": "diagnosis",
-    "load_model": "model", "read_image": "images",
+    "load_model": "loading", "read_image": "images",
     "PROFILES": "profiles", "get_profile": "profiles",
     "SpgddError": "errors", "ImageError": "errors", "WeightsError": "errors", "DataError": "errors",
 }  # fmt: skip

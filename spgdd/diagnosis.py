@@ -222,7 +222,7 @@ class Diagnoser:
 
 def load(profile: str = "mini", **options) -> Diagnoser:
     """A ready Diagnoser; ``options`` are those of ``spgdd.load_model``: root, device, dtype, quantize."""
-    from spgdd.model import load_model
+    from spgdd.loading import load_model
 
     return Diagnoser(load_model(profile, **options))
 

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import spgdd.imagebind
-from spgdd.errors import WeightsError
-from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer, load_imagebind
-from spgdd.language import LoraSettings, Vicuna
+from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer
+from spgdd.language import Vicuna
 from spgdd.language.vicuna import to_device
-from spgdd.profiles import Delta, Profile, get_profile, weights_folder
+from spgdd.profiles import Profile
 from spgdd.selfprompt import (
     AbnormalPrompts,
     Comparison,
@@ -39,8 +37,6 @@ from spgdd.selfprompt.focuser import (
     zero_shot_probabilities,
 )
 from spgdd.selfprompt.memory import closest, on_grid
-from spgdd.weights.checkpoint import is_standin, read_tensors
-from spgdd.weights.delta import apply_delta
 
 MASK_THRESHOLD = 0.3  # a mask pixel above it is defective (AnomalyGPT)
 
@@ -264,78 +260,3 @@ class SPGDD(nn.Module):
                 parts["triplet"] = triplet_loss(decoded, anchors, truth)
                 parts["matching"] = MATCHING * matching
         return TrainingLoss(said.loss + sum(parts.values()), said.loss, parts, said.token_accuracy)
-
-
-def choose_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
-    """Precision of the large frozen models on a device, and the reason in words."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return torch.float32, f"float32 on {device.type}: half precision is slow or incomplete there"
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if capability >= (8, 0):
-        return torch.bfloat16, f"bfloat16: {name} computes in it, and it has the range of float32"
-    version = ".".join(map(str, capability))
-    return torch.float16, f"float16: {name} (compute capability {version}) has no bfloat16"
-
-
-def load_model(
-    profile: str | Profile = "mini",
-    root: str | Path | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    quantize: Literal["8bit", "4bit"] | None = None,
-    device_map: str | dict | None = None,
-) -> SPGDD:
-    """Read a profile's weights from ``root`` (see ``weights_folder``), in evaluation mode.
-
-    ``device``: by default a GPU where there is one. ``dtype`` of ImageBind and the language model: by default
-    ``choose_dtype``; what can be trained is always float32. ``quantize`` shrinks the language model,
-    ``device_map`` spreads it over several GPUs ("auto", or as in transformers). Raises WeightsError that lists
-    every missing file, or names one that is damaged or belongs to another model.
-    """
-    profile = get_profile(profile) if isinstance(profile, str) else profile
-    root = weights_folder(root)
-    _require_files(profile, root)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype is None:
-        dtype = torch.float32 if profile.precision == "float32" else choose_dtype(device)[0]
-
-    config = getattr(spgdd.imagebind, profile.imagebind)
-    imagebind = load_imagebind(root / profile.imagebind_file, config, dtype=dtype, device=device)
-    folder = profile.text_tokenizer
-    tokenizer = TextTokenizer.load(root / folder) if folder else TextTokenizer()
-    lora = LoraSettings(r=profile.lora_rank, alpha=profile.lora_rank)
-    language = Vicuna.load(root / profile.language, config.joint, dtype, device_map or {"": device}, quantize, lora)
-    with device:
-        model = SPGDD(profile, imagebind, language, tokenizer)
-    model.standins = tuple(
-        file for file in (profile.imagebind_file, profile.language) if is_standin(root / file)
-    )
-    load_deltas(model, profile.deltas, root)
-    return model.eval()
-
-
-def load_deltas(model: SPGDD, deltas: Sequence[Delta], root: Path) -> None:
-    """Put trained parameters into a model, a later file over an earlier. Raises WeightsError naming the file."""
-    _require_files(replace(model.profile, deltas=tuple(deltas)), root)
-    for delta in deltas:
-        # The published files name the language model's parameters without saying whose they are.
-        state = read_tensors(root / delta.file)
-        state = {f"language.{k}" if k.startswith("llama_") else k: value for k, value in state.items()}
-        try:
-            apply_delta(model, state, delta.parts)
-        except WeightsError as error:
-            raise WeightsError(f"{root / delta.file}: {error}") from error
-        if is_standin(root / delta.file):
-            model.standins += (delta.file,)
-
-
-def _require_files(profile: Profile, root: Path) -> None:
-    missing = {file: source for file, source in profile.files().items() if not (root / file).is_file()}
-    if missing:
-        listing = "\n".join(f"  {file} ({source})" for file, source in missing.items())
-        raise WeightsError(
-            f"profile {profile.name} lacks {len(missing)} file(s) in {root.resolve()}:\n{listing}\n"
-            f"`spgdd weights download {profile.name}` fetches what is published; notebooks make the rest. "
-            "If the files are elsewhere, set SPGDD_WEIGHTS to that folder."
-        )

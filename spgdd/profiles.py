@@ -35,7 +35,7 @@ class Profile:
     learned_prompts: bool  # learned abnormal prompts (TDDF) beside the hand-written ones
     prompt_channels: tuple[int, ...]  # of the prompt learner's convolutions
     fit: str  # an image becomes square by "crop" (centre) or "squash" (all of it, out of proportion)
-    precision: str  # "auto": half precision on a GPU (spgdd.model.choose_dtype); "float32": always
+    precision: str  # "auto": half precision on a GPU (spgdd.loading.choose_dtype); "float32": always
     disk_gb: float  # size of the files
     gpu_gb: float  # GPU memory to diagnose one image, estimated from the parameter counts
     licence: str  # of the weights, one line

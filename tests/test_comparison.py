@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import check
-from spgdd.model import load_model
+from spgdd.loading import load_model
 from spgdd.selfprompt import Comparison
 from spgdd.selfprompt.comparison import EPSILON, probability, word_evidence
 from spgdd.selfprompt.focuser import enlarge, zero_shot_logits

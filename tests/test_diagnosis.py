@@ -14,7 +14,7 @@ from fake_model import FakeModel, part
 from spgdd.calibration import Calibration, Limits
 from spgdd.diagnosis import Diagnoser, says_defective
 from spgdd.errors import ImageError, SpgddError
-from spgdd.model import load_model
+from spgdd.loading import load_model
 from spgdd.report import save_report, write_text
 from test_model import IMAGES, MAP_ATOL, RUNS, TINY_PROFILE, reduced_tokenizer, weights  # noqa: F401 (a fixture)
 

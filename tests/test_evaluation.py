@@ -24,7 +24,7 @@ from spgdd.evaluation.protocol import Picture, evaluate, folder_tasks, load_pict
 from spgdd.geometry import Placement, place_of
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise, to_pixels
-from spgdd.model import load_model
+from spgdd.loading import load_model
 from spgdd.selfprompt.focuser import enlarge
 
 # Metrics

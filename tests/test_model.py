@@ -16,7 +16,8 @@ from spgdd.diagnosis import Diagnoser
 from spgdd.errors import WeightsError
 from spgdd.imagebind import HUGE, ImageBind, TextTokenizer, preprocess
 from spgdd.language import Answer, LlamaTokenizer, LoraSettings, Vicuna
-from spgdd.model import SPGDD, choose_dtype, load_model
+from spgdd.loading import choose_dtype, load_model
+from spgdd.model import SPGDD
 from spgdd.profiles import get_profile
 from spgdd.selfprompt import rotations
 from spgdd.selfprompt.focuser import zero_shot_logits

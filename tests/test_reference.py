@@ -13,7 +13,7 @@ from spgdd.calibration import PRIORS, Calibration, altered_copies, upper_bound
 from spgdd.diagnosis import Diagnoser
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.imagebind.preprocess import to_pixels
-from spgdd.model import load_model
+from spgdd.loading import load_model
 from spgdd.reference import HELD_OUT, encode
 
 

@@ -22,7 +22,7 @@ from spgdd.ahead import ahead
 from spgdd.errors import DataError, ImageError
 from spgdd.imagebind.preprocess import preprocess
 from spgdd.images import read_image
-from spgdd.model import load_model
+from spgdd.loading import load_model
 from spgdd.profiles import get_profile
 from spgdd.tadd.describe import describe, write_records
 from spgdd.tadd.index import Index, index_folder, read_mask
@@ -299,7 +299,7 @@ def test_a_file_belongs_to_bytes_mask_tower_and_crop(model, data, tmp_path):
 
 FILL = """
 import dataclasses, sys
-from spgdd.model import load_model
+from spgdd.loading import load_model
 from spgdd.profiles import get_profile
 from spgdd.training import cache
 from spgdd.training.data import TrainingData

@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import ROOT
 from spgdd.diagnosis import Diagnoser
-from spgdd.model import load_model
+from spgdd.loading import load_model
 from spgdd.weights import commands, ladder
 from spgdd.weights.checkpoint import STANDIN
 from spgdd.weights.panel import status_panel, status_table

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from spgdd.model import SPGDD, load_model
+from spgdd.loading import load_model
+from spgdd.model import SPGDD
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
 from spgdd.tadd.miniworld import write_world
 from spgdd.training.data import TrainingData

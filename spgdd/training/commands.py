@@ -120,7 +120,7 @@ def start(profile, root: Path, args: argparse.Namespace, settings: Settings, dev
     """The model to begin with: the frozen parts, and the deltas that training starts from."""
     import torch
 
-    from spgdd.model import load_model
+    from spgdd.loading import load_model
     from spgdd.profiles import Delta
 
     deltas = profile.deltas[:-1]

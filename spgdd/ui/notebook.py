@@ -56,7 +56,7 @@ def environment(profile, needs: Mapping[str | PathLike, str] | None = None) -> N
 
     from spgdd import __version__
     from spgdd.errors import WeightsError
-    from spgdd.model import choose_dtype
+    from spgdd.loading import choose_dtype
     from spgdd.profiles import get_profile, weights_folder
 
     chosen, root = get_profile(profile) if isinstance(profile, str) else profile, weights_folder()

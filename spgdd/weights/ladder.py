@@ -15,7 +15,8 @@ from spgdd.diagnosis import Diagnoser, says_defective
 from spgdd.errors import WeightsError
 from spgdd.imagebind import preprocess
 from spgdd.language.conversation import ASSISTANT
-from spgdd.model import SPGDD, load_deltas, load_model
+from spgdd.loading import load_deltas, load_model
+from spgdd.model import SPGDD
 from spgdd.profiles import Profile, get_profile, weights_folder
 from spgdd.tadd.words import default_question
 
