@@ -168,7 +168,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
         for k in shots:
             sources = [picture.source for picture in order[:k]]
             sets[k, seed if k else None] = build_reference(model, sources, task.name, known=known) if k else None
-    calibrations = {key: known.calibration if known else Calibration("none") for key, known in sets.items()}
+    calibrations = {key: reference.calibration if reference else Calibration("none") for key, reference in sets.items()}
     limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
     counts, pictures = {key: PixelCounts() for key in sets}, {key: [] for key in sets}
     for batch in load_batches(task.queries, model.profile):
@@ -184,7 +184,8 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                 score, verdict, regions, square_map = judge(
                     corner_maps, limits[key], loaded.placement, picture.name, model.profile.score_share
                 )
-                shown.append(prompt_map(corner_maps, square_map))
+                if text:
+                    shown.append(prompt_map(corner_maps, square_map))
                 records.append({
                     "picture": picture.name, "kind": picture.kind, "places": loaded.places, "score": score,
                     "threshold": limits[key].threshold, "verdict": verdict,
