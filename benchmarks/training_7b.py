@@ -115,11 +115,13 @@ def load(model: SPGDD, options, count: int, length: int, rank: int = 0, ranks: i
     return data, count / (time.perf_counter() - start)
 
 
-def learn(model: SPGDD, data: TrainingData, options, length: int, batch: int, ranks: int = 1, **fields) -> float:
+def learn(
+    model: SPGDD, data: TrainingData, options, length: int, batch: int, ranks: int = 1, micro: int = 0, **fields
+) -> float:
     """Samples a second of a training run at this micro-batch; the first third, that of the compiler, does not count."""
     torch._dynamo.reset()
     fields = {"compile": not options.toy, "checkpointing": False, "log_every": 4} | fields
-    settings = load_settings("recommended", max_tgt_len=length, batch=ranks * batch, micro_batch=batch,
+    settings = load_settings("recommended", max_tgt_len=length, batch=ranks * batch, micro_batch=micro or batch,
                              save_every=10**6, evaluate_every=0, **fields)  # fmt: skip
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         lines = train(model, data, settings, folder, engine="deepspeed" if "RANK" in os.environ else "torch")
@@ -213,13 +215,15 @@ def ours(options) -> dict:
 
 
 def memory(options) -> None:
-    cases = [  # 4 bit, batch, tokens of text, recomputation, GB that the GPU is limited to
-        (False, 1, 256, False, 0), (False, 16, 256, False, 0), (False, 16, 256, True, 0), (False, 16, 512, True, 0),
-        (False, 16, 1014, True, 24), (True, 2, 512, True, 15), (True, 2, 512, False, 0), (True, 16, 1014, True, 0),
+    cases = [  # 4 bit, batch, micro-batch, tokens of text, recomputation, GB that the GPU is limited to
+        (False, 1, 1, 256, False, 0), (False, 16, 16, 256, False, 0), (False, 16, 16, 256, True, 0),
+        (False, 16, 16, 512, True, 0), (False, 16, 4, 1014, True, 24), (True, 2, 2, 512, True, 15),
+        (True, 2, 2, 512, False, 0), (True, 16, 4, 1014, True, 0),
     ]  # fmt: skip
-    print("| language model | batch | tokens of text | recomputation | peak of GPU memory |\n" + 5 * "|---" + "|")
+    head = ("language model", "batch", "micro-batch", "tokens of text", "recomputation", "peak of GPU memory")
+    print(f"| {' | '.join(head)} |\n{len(head) * '|---'}|")
     model, bits = None, None
-    for four_bit, batch, length, recomputation, limit in cases[: 2 if options.toy else None]:
+    for four_bit, batch, micro, length, recomputation, limit in cases[: 2 if options.toy else None]:
         if four_bit != bits:
             model, bits = None, four_bit
             model = build(options, four_bit=four_bit)
@@ -230,13 +234,14 @@ def memory(options) -> None:
             torch.cuda.set_per_process_memory_fraction(share)
         try:
             data, _ = load(model, options, 2 * batch, length)
-            learn(model, data, options, length, batch, steps=2, log_every=1, compile=False, checkpointing=recomputation)
+            fields = {"steps": 2, "log_every": 1, "compile": False, "checkpointing": recomputation}
+            learn(model, data, options, length, batch, micro=micro, **fields)
             shown = f"{peak():.1f} GB"
         except torch.OutOfMemoryError:
             shown = "out of memory"
         shown += f", where the GPU has {limit} GB" if limit else ""
-        print(f"| {'4 bit' if four_bit else 'bfloat16'} | {batch} | {length} | {'yes' if recomputation else 'no'} "
-              f"| {shown} |")  # fmt: skip
+        base, again = "4 bit" if four_bit else "bfloat16", "yes" if recomputation else "no"
+        print(f"| {base} | {batch} | {micro} | {length} | {again} | {shown} |")
 
 
 def ranks(options) -> float:

@@ -192,7 +192,7 @@ class Diagnoser:
         )
         watch.lap("map")
 
-        shown = prompt_map(maps, square_map).to(whole.embedding.device)
+        shown = calibration.told(prompt_map(maps, square_map)).to(whole.embedding.device)
         prompt_tokens = self.model.prompt_tokens(shown, whole, bank)  # (1, P, H)
 
         def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int) -> Answer:

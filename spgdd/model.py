@@ -32,6 +32,7 @@ from spgdd.selfprompt.focuser import (
     dice_loss,
     enlarge,
     focal_loss,
+    over_taps,
     text_vectors,
     zero_shot_map,
     zero_shot_probabilities,
@@ -66,7 +67,7 @@ class SPGDD(nn.Module):
         self.image_decoder = PatchDecoder(width, config.joint, taps)
         self.prompt_learner = PromptLearner(language.hidden, profile.prompt_channels)
         self.memory = Memory(taps, width, profile.scales)
-        self.comparison = Comparison() if profile.comparison else None
+        self.comparison = Comparison(taps) if profile.comparison else None
         self.focus = Focus(width, language.hidden, taps) if profile.focus else None
         self.memory_tokens = MemoryTokens(width, language.hidden) if profile.memory_tokens else None
         self.abnormal_prompts = AbnormalPrompts(config.text.width) if profile.learned_prompts else None
@@ -76,6 +77,11 @@ class SPGDD(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.memory.gates.device
+
+    @property
+    def shares(self) -> Tensor | None:
+        """Of each tap in the zero-shot map, see ``Comparison``; None: all alike."""
+        return None if self.comparison is None else self.comparison.shares()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> ImageFeatures:
@@ -127,7 +133,7 @@ class SPGDD(nn.Module):
         number in the bank, that each image is not compared with.
         """
         if bank is None:
-            return zero_shot_map(self.image_decoder(features.patches), self.anchors(product))
+            return zero_shot_map(self.image_decoder(features.patches), self.anchors(product), self.shares)
         self.memory.require_scales(bank)
         barred = None
         if without is not None:
@@ -227,7 +233,7 @@ class SPGDD(nn.Module):
         decoded = self.image_decoder(patches)
         probabilities = zero_shot_probabilities(decoded, anchors)  # (B, L, 2, 224, 224)
         words = word_evidence(decoded, anchors)  # (B, L, N)
-        zero_shot, maps, banks = probabilities[:, :, 1].mean(1, keepdim=True), [], []
+        zero_shot, maps, banks = over_taps(probabilities, self.shares), [], []
         for count, group in itertools.groupby(order, key=counts.__getitem__):
             group = list(group)
             start = sum(map(len, maps))

@@ -61,6 +61,15 @@ RESEARCH = (
     "Vicuna v0 under LLaMA's licence"
 )
 
+FULL = {  # all parts of SPGDD-GPT
+    "scales": (1, 3, 5),
+    "comparison": True,
+    "focus": True,
+    "memory_tokens": True,
+    "learned_prompts": True,
+    "score_share": 0.004,
+}
+
 
 def _large(name: str, size: str, delta: Delta, **fields) -> Profile:
     """A profile on ImageBind-Huge and Vicuna v0, with PandaGPT's delta under its own."""
@@ -92,14 +101,10 @@ _ALL = (
         language="mini/language",
         deltas=(
             Delta("mini/pandagpt_delta.safetensors", LANGUAGE_PARTS, "notebook 00"),
-            Delta("mini/delta.safetensors", (*LANGUAGE_PARTS, *MAP_PARTS, "memory", "focus"), "notebook 00"),
+            Delta("mini/delta.safetensors", (*LANGUAGE_PARTS, *SPGDD_PARTS), "notebook 00"),
         ),
         lora_rank=32,
-        scales=(1, 3, 5),
-        comparison=False,
-        focus=True,
-        memory_tokens=False,
-        learned_prompts=False,
+        **FULL,
         prompt_channels=(4, 16, 32, 64, 128),
         fit="squash",
         precision="float32",
@@ -126,12 +131,7 @@ _ALL = (
         "7b",
         Delta("spgdd_ckpt/7b/delta.safetensors", SPGDD_PARTS, "notebook 05"),
         purpose="the paper's system, trained by you",
-        scales=(1, 3, 5),
-        comparison=True,
-        focus=True,
-        memory_tokens=True,
-        learned_prompts=True,
-        score_share=0.04,
+        **FULL,
         disk_gb=18.9,
         gpu_gb=17,
     ),
@@ -140,12 +140,7 @@ _ALL = (
         "13b",
         Delta("spgdd_ckpt/13b/delta.safetensors", SPGDD_PARTS, "notebook 05"),
         purpose="the paper's system with the larger language model, trained by you",
-        scales=(1, 3, 5),
-        comparison=True,
-        focus=True,
-        memory_tokens=True,
-        learned_prompts=True,
-        score_share=0.04,
+        **FULL,
         disk_gb=31.6,
         gpu_gb=30,
     ),

@@ -38,10 +38,14 @@ def test_word_evidence_is_the_difference_of_the_zero_shot_logits():
 
 
 def test_the_witnesses_log_odds_add_up():
-    comparison, words = Comparison(), torch.tensor([[[1.0, -50.0], [3.0, -10.0]]])  # (1, 2 taps, 2 patches)
-    bias = comparison.bias.item()
-    found = comparison(torch.tensor([[0.5, 0.25]]), words)
-    check("log-odds", found, torch.tensor([[8 * 0.5 + 2 + bias, 8 * 0.25 - 15 + bias]]), atol=1e-6)
+    comparison, words = Comparison(2), torch.tensor([[[1.0, -50.0], [3.0, -10.0]]])  # (1, 2 taps, 2 patches)
+    bias, fused = comparison.bias.item(), torch.tensor([[0.5, 0.25]])
+    check("untrained", comparison(fused, words), torch.tensor([[6 * 0.5 + bias, 6 * 0.25 + bias]]), atol=1e-6)
+    check("shares, untrained", comparison.shares(), torch.tensor([0.5, 0.5]), atol=1e-6)
+    comparison.trust.data = torch.tensor([0.25, 0.75])
+    check("log-odds", comparison(fused, words), torch.tensor([[3 + 2.5 + bias, 1.5 - 12.5 + bias]]), atol=1e-6)
+    comparison.trust.data = torch.tensor([0.5, -0.1])  # a tap that is distrusted does not count backwards
+    check("shares", comparison.shares(), torch.tensor([1.0, 0.0]), atol=1e-5)
 
 
 def test_probabilities_keep_away_from_both_ends():
@@ -54,7 +58,8 @@ def test_the_map_follows_its_definition_step_by_step(model):
     query, normals = features.patches[:2], features.patches[2:]
     bank = model.build_bank(normals, "bottle")
     fused = model.memory.fuse(model.memory.compare(query, bank.tokens[None])[0])
-    words = word_evidence(model.image_decoder(query), model.anchors("bottle")).clamp(-20, 20).mean(1)
+    trust = model.comparison.trust[:, None]  # (L, 1)
+    words = (trust * word_evidence(model.image_decoder(query), model.anchors("bottle")).clamp(-20, 20)).sum(1)
     logits = model.comparison.steepness * fused + words + model.comparison.bias
     by_hand = probability(enlarge(logits.view(2, 1, 16, 16)))
     features = type(features)(*(part[:2] for part in features))

@@ -44,8 +44,10 @@ class Trainee(nn.Module):
         self.imagebind = ImageBind(MINI)
         self.image_decoder = PatchDecoder(MINI.vision.width, MINI.joint, len(MINI.taps))
         self.memory = Memory(len(MINI.taps), MINI.vision.width, SCALES)
-        self.comparison = Comparison()
-        self.comparison.steepness.requires_grad_(False)  # the generated world overrates the memory against photographs
+        self.comparison = Comparison(len(MINI.taps))  # what photographs want, the generated world does not teach:
+        self.comparison.steepness.requires_grad_(False)  # there the memory is worth more
+        trust = self.comparison.trust.requires_grad_(False)
+        trust[:-1] = 1 / len(trust[:-1])  # and the last tap, which knows that world best
         self.steepness, self.threshold = nn.Parameter(torch.tensor(12.0)), nn.Parameter(torch.tensor(0.35))
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -186,12 +188,12 @@ class Step:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=11500)
+    parser.add_argument("--steps", type=int, default=6800)
     parser.add_argument("--pause", type=float, default=math.inf, help="minutes to stop after; the same command resumes")
     parser.add_argument("--groups", type=int, default=128, help="products a step; four photographs of each")
     parser.add_argument("--pool", type=int, default=24576, help="products kept on the device (0.6 MB each)")
     parser.add_argument("--renew", type=int, default=768, help="products drawn at a time")
-    parser.add_argument("--every", type=int, default=12, help="steps between drawings")
+    parser.add_argument("--every", type=int, default=24, help="steps between drawings")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", type=int, default=len(TRAIN_FAMILIES), help="use the first so many (ablation)")

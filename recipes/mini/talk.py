@@ -23,8 +23,7 @@ def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
     files = {
         name: getattr(mini, name).removeprefix("mini/") for name in ("imagebind_file", "text_tokenizer", "language")
     }
-    parts = dict.fromkeys(("comparison", "focus", "memory_tokens", "learned_prompts"), True)
-    model = load_model(dataclasses.replace(mini, **files, **parts, deltas=deltas), folder)
+    model = load_model(dataclasses.replace(mini, **files, deltas=deltas), folder)
     maps = read_tensors(folder / "maps.safetensors")
     apply_delta(model, {name: value for name, value in maps.items() if name.startswith(SPGDD_PARTS)},
                 ("image_decoder.", "memory.", "comparison."))  # fmt: skip
@@ -50,8 +49,9 @@ def drawn(folder: Path, products: int, seed: int, held_out: bool = False) -> Pat
     return folder
 
 
-def data(model: SPGDD, folder: Path, shots: tuple[int, ...]) -> TrainingData:
+def data(model: SPGDD, folder: Path, shots: tuple[int, ...], turns: int | None = None) -> TrainingData:
     """A drawn world with the features of its pictures."""
-    found = TrainingData(model, folder / "TADD_text.json", folder, cache=folder / "features", variants=0, shots=shots)
+    text, cache = folder / "TADD_text.json", folder / "features"
+    found = TrainingData(model, text, folder, cache=cache, variants=0, shots=shots, turns=turns)
     found.fill()
     return found

@@ -31,7 +31,7 @@ def ablate(model, scales: Sequence[int] | None = None, **switches):
     """Change a loaded ``SPGDD`` in place and return it.
 
     scales: keep only these. A name of PARTS: False takes the module out. comparison=True: the maps of memory and words
-    are joined where they are not, with the values before training. gates=False: ones; fusion=False: equal weights.
+    are joined where they are not, with all taps trusted alike. gates=False: ones; fusion=False: equal weights.
     OPTIONS: see ``spgdd.profiles.Profile``. Raises SpgddError for a switch or a scale that is not there.
     """
     if unknown := set(switches) - {*PARTS, *NUMBERS, *OPTIONS}:
@@ -48,7 +48,9 @@ def ablate(model, scales: Sequence[int] | None = None, **switches):
         if not switches.get(name, True):
             setattr(model, name, None)
     if switches.get("comparison") and model.comparison is None:
-        model.comparison = Comparison().to(model.device)
+        taps = len(model.memory.gates)
+        model.comparison = Comparison(taps).to(model.device)
+        model.comparison.trust.fill_(1 / taps)
     if not switches.get("gates", True):
         model.memory.gates.fill_(1)
     if not switches.get("fusion", True):

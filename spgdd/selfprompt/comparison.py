@@ -20,18 +20,26 @@ def word_evidence(decoded: Tensor, anchors: Tensor) -> Tensor:
 class Comparison(nn.Module):
     """Two independent witnesses: their log-odds add up (naive Bayes).
 
-    The words' are the mean over the taps of ``word_evidence``; the memory's are ``steepness`` x A_mem, and ``bias`` is
-    what a normal patch has of both.
+    The words' are the sum of ``word_evidence`` over the taps, each by its ``trust``; the memory's are ``steepness`` x
+    A_mem, and ``bias`` is what a normal patch has of both. Before training the words have no say: an untrained decoder
+    is very sure of nothing.
     """
 
-    def __init__(self):
+    def __init__(self, taps: int):
         super().__init__()
-        self.steepness = nn.Parameter(torch.tensor([8.0]))
+        self.steepness = nn.Parameter(torch.tensor([6.0]))
         self.bias = nn.Parameter(torch.tensor([-3.3]))
+        self.trust = nn.Parameter(torch.zeros(taps))
 
     def forward(self, fused: Tensor, words: Tensor) -> Tensor:
         """Log-odds (B, N) of a defect from A_mem on the patch grid (B, N) and the words' evidence (B, L, N)."""
-        return self.steepness * fused + words.clamp(-SURE, SURE).mean(1) + self.bias
+        said = torch.einsum("bln,l->bn", words.clamp(-SURE, SURE), self.trust)
+        return self.steepness * fused + said + self.bias
+
+    def shares(self) -> Tensor:
+        """Weights (L,) of the taps where the words are alone: those of ``trust``, equal before training."""
+        positive = self.trust.clamp(min=0) + EPSILON
+        return positive / positive.sum()
 
 
 def probability(logits: Tensor) -> Tensor:

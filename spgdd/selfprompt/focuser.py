@@ -72,9 +72,18 @@ def zero_shot_probabilities(decoded: Tensor, anchors: Tensor) -> Tensor:
     return pixels.unflatten(0, logits.shape[:2])
 
 
-def zero_shot_map(decoded: Tensor, anchors: Tensor) -> Tensor:
-    """Anomaly map (B, 1, 224, 224), 0 normal to 1 abnormal: the abnormal probability, mean over the taps."""
-    return zero_shot_probabilities(decoded, anchors)[:, :, 1].mean(1, keepdim=True)
+def over_taps(probabilities: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Anomaly map (B, 1, 224, 224), 0 normal to 1 abnormal, of ``zero_shot_probabilities`` (B, L, 2, 224, 224).
+
+    It is the mean over the taps, weighted by ``shares`` (L,) if given.
+    """
+    abnormal = probabilities[:, :, 1]
+    return (abnormal.mean(1) if shares is None else torch.einsum("blhw,l->bhw", abnormal, shares))[:, None]
+
+
+def zero_shot_map(decoded: Tensor, anchors: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Anomaly map (B, 1, 224, 224) of decoded patches; see ``zero_shot_logits`` and ``over_taps``."""
+    return over_taps(zero_shot_probabilities(decoded, anchors), shares)
 
 
 class Focus(nn.Module):

@@ -40,7 +40,7 @@ class Settings:
     quantize: str = "none"  # the frozen language model in "8bit" or "4bit" (QLoRA; needs bitsandbytes)
     checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third slower
     compile: bool = False  # torch.compile each layer: minutes at the start, faster steps
-    pad_to: int = 64  # sequences get a multiple of so many tokens
+    pad_to: int = 16  # sequences get a multiple of so many tokens
     log_every: int = 10  # steps between lines of the log
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints that stay

@@ -61,14 +61,14 @@ def environment(profile, needs: Mapping[str | PathLike, str] | None = None) -> N
 
     chosen, root = get_profile(profile) if isinstance(profile, str) else profile, weights_folder()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    hardware = f"cuda, {torch.cuda.get_device_name()}" if device == "cuda" else "cpu"
     reason = choose_dtype(device)[1]
     if chosen.precision == "float32":
         reason = f"float32: {chosen.name} is small enough to be exact everywhere"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"versions   spgdd {__version__}, {versions}, transformers {transformers.__version__}")
     print(f"profile    {chosen.name}: {chosen.purpose}")
-    print(f"device     {device}, {hardware}")
+    print(f"device     {hardware}")
     print(f"precision  {reason}")
 
     files = {root / file: source for file, source in chosen.files().items()}
