@@ -44,10 +44,10 @@ class Trainee(nn.Module):
         self.imagebind = ImageBind(MINI)
         self.image_decoder = PatchDecoder(MINI.vision.width, MINI.joint, len(MINI.taps))
         self.memory = Memory(len(MINI.taps), MINI.vision.width, SCALES)
-        self.comparison = Comparison(len(MINI.taps))  # what photographs want, the generated world does not teach:
-        self.comparison.steepness.requires_grad_(False)  # there the memory is worth more
-        trust = self.comparison.trust.requires_grad_(False)
-        trust[:-1] = 1 / len(trust[:-1])  # and the last tap, which knows that world best
+        self.comparison = Comparison(len(MINI.taps))
+        # Set by photographs, not learned: the generated world overrates the memory, and the words of the last tap.
+        self.comparison.steepness.requires_grad_(False)
+        self.comparison.trust.requires_grad_(False)[:-1] = 1 / (len(MINI.taps) - 1)
         self.steepness, self.threshold = nn.Parameter(torch.tensor(12.0)), nn.Parameter(torch.tensor(0.35))
 
     def encode_text(self, ids: Tensor) -> Tensor:
