@@ -72,7 +72,7 @@ class SPGDD(nn.Module):
         self.memory_tokens = MemoryTokens(width, language.hidden) if profile.memory_tokens else None
         self.abnormal_prompts = AbnormalPrompts(config.text.width) if profile.learned_prompts else None
         self._sentences: dict[str, tuple[Tensor, Tensor]] = {}
-        self._anchors: dict[tuple[str, int], Tensor] = {}
+        self._anchors: dict[str, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -99,12 +99,15 @@ class SPGDD(nn.Module):
 
     def anchors(self, product: str) -> Tensor:
         """Unit vectors (2, J) float32 of a normal and an abnormal ``product``, computed once per name."""
-        learned = self.abnormal_prompts
-        key = product, 0 if learned is None else learned.offsets._version  # changes with every step of training
-        if key not in self._anchors:
+        if self.training or product not in self._anchors:
             with torch.inference_mode(False), torch.no_grad():
-                self._anchors[key] = self.learned_anchors([product])[0][0]
-        return self._anchors[key].to(self.device)
+                self._anchors[product] = self.learned_anchors([product])[0][0]
+        return self._anchors[product].to(self.device)
+
+    def train(self, mode: bool = True) -> "SPGDD":
+        """As of any module; the anchors, made of prompts that learn, are forgotten."""
+        self._anchors.clear()
+        return super().train(mode)
 
     def learned_anchors(self, products: Sequence[str]) -> tuple[Tensor, Tensor]:
         """``anchors`` (n, 2, J) with the gradient of the learned prompts, and their matching loss."""

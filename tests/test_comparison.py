@@ -66,6 +66,24 @@ def test_the_map_follows_its_definition_step_by_step(model):
     check("few-shot map", model.anomaly_map(features, "bottle", bank), by_hand, atol=1e-5)
 
 
+def test_anchors_of_before_training_are_not_used_after_it(model):
+    """A fused optimiser changes parameters without telling anyone."""
+    offsets, before = model.abnormal_prompts.offsets, model.anchors("bottle")
+    kept = offsets.detach().clone()
+    optimiser = torch.optim.AdamW([offsets], lr=1.0, fused=True)
+    model.train()
+    model.anchors("bottle")
+    offsets.grad = torch.randn(offsets.shape, generator=torch.Generator().manual_seed(0))
+    optimiser.step()
+    model.eval()
+    now = model.anchors("bottle")
+    check("anchors", now, model.learned_anchors(["bottle"])[0][0], atol=1e-6)
+    offsets.data.copy_(kept)
+    model.eval()
+    assert not torch.allclose(now, before, atol=1e-3)
+    check("anchors, set back", model.anchors("bottle"), before, atol=1e-6)
+
+
 def test_the_loss_has_all_parts_and_reaches_every_parameter(model):
     features, products, conversations, masks = training_inputs(model)
     model.zero_grad()
