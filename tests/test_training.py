@@ -64,8 +64,9 @@ def test_a_batch_may_be_cut_as_memory_asks(plain, tmp_path):
     """Language loss by answer tokens, pixel losses by images: the sum of the parts is the whole."""
     folder, history, _ = plain
     cut = train(tiny_model(), TinyData(), settings(epochs=1, lora_dropout=0.0, micro_batch=1), tmp_path)
-    for name in ("loss", "language", "token_accuracy", "gradient_norm"):
-        assert losses(cut, name) == pytest.approx(losses(history, name), abs=2e-5, rel=5e-5), name
+    for name in ("loss", "language", "token_accuracy"):
+        assert losses(cut, name) == pytest.approx(losses(history, name), abs=2e-5), name
+    assert losses(cut, "gradient_norm") == pytest.approx(losses(history, "gradient_norm"), rel=5e-5)  # some 50 at first
     assert furthest(delta(folder), delta(tmp_path)) < 1e-4
 
 

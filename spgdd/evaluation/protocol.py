@@ -185,7 +185,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                     corner_maps, limits[key], loaded.placement, picture.name, model.profile.score_share
                 )
                 if text:
-                    shown.append(calibrations[key].told(prompt_map(corner_maps, square_map)))
+                    shown.append(prompt_map(corner_maps, square_map, calibrations[key]))
                 records.append({
                     "picture": picture.name, "kind": picture.kind, "places": loaded.places, "score": score,
                     "threshold": limits[key].threshold, "verdict": verdict,
