@@ -54,7 +54,7 @@ DEFECTS = {
     "bent": Defect("blob", (0.25, 0.6), (0.5, 1), (0, 0.1), (0.6, 1), warp=(0.08, 0.25), beyond=True),
     "chipped edge": Defect("blob", (0.06, 0.25), (0.4, 1), (0.2, 0.6), warp=(4, 4), edge=True,
                            object_only=True, beyond=True),
-    "misprint": Defect("blob", (0.12, 0.4), (0.4, 1), (0, 0.05), (0.01, 0.02), warp=(0.06, 0.5)),
+    "misprint": Defect("blob", (0.04, 0.4), (0.4, 1), (0, 0.05), (0.01, 0.02), warp=(0.06, 0.5)),
     "thread": Defect("curve", (0.2, 0.8), (0.008, 0.02), (0.3, 1), (0.008, 0.015), cover=(0.8, 1), bump=(0,
                      0.03), beyond=True),
     "discolouration": Defect("blob", (0.15, 0.6), (0.4, 1), (0.1, 0.4), (0.3, 0.8), shade=(-0.2, 0.4),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from spgdd.tadd.miniworld.noise import Dice, noise
-from spgdd.tadd.miniworld.surface import Surface, box, colour, fill, mix, polygon, wave
+from spgdd.tadd.miniworld.surface import Surface, box, colour, fill, fold, mix, polygon, wave
+from spgdd.tadd.miniworld.textures import label
 
 
 def on_background(x, y, d, body: Tensor, height: Tensor, inside: Tensor) -> Surface:
@@ -144,6 +145,124 @@ def ring(x: Tensor, y: Tensor, d: Dice) -> Surface:
     return on_background(x, y, d, body, 0.15 * (1 - band**2).clamp(min=0).sqrt(), fill(half * (band.abs() - 1)))
 
 
+def material(x: Tensor, y: Tensor, d: Dice, name: str) -> Tensor:
+    """(B, 3, H, W): a colour with a grain of its own: plain, cloudy, of cells, of strands."""
+    f = d.log(name + ".f", 1, 8)
+    cell = (noise("edge", x * f, y * f, d, name + ".cell") * d.log(name + ".sharp", 1, 4)).clamp(max=1)
+    cloud = noise("cloud", x * f, y * d.log(name + ".g", 1, 8), d, name + ".cloud")
+    cells = d.chance(name + ".cells", 0.4)
+    tone = d(name + ".contrast", 0, 0.8) * (cells * cell + (1 - cells) * cloud - 0.5)
+    return colour(d, name) * (1 + tone)[:, None]
+
+
+def around(x: Tensor, y: Tensor, count: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates (outward, along) about the nearest of ``count`` places on a circle."""
+    turn = torch.round(torch.atan2(y, x) / (2 * math.pi) * count) / count * 2 * math.pi
+    cos, sin = torch.cos(turn), torch.sin(turn)
+    return x * cos + y * sin - radius, y * cos - x * sin
+
+
+def assembly(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """A random program: a body of some outline, a core, and like inserts around it, all of different materials."""
+    radius, count = d("radius", 0.6, 0.85), d.integer("count", 2, 9)
+    r = torch.hypot(x, y)
+    lobes = d("lobes", 0, 0.12) * d.chance("lobed", 0.4) * (wave(torch.atan2(y, x) / (2 * math.pi) * count) - 0.5)
+    square, broad = d.chance("square", 0.4), d("broad", 0.5, 1)
+    outline = square * box(x, y, radius, radius * broad, 0.1) + (1 - square) * (r - radius * (1 + lobes))
+    out, along = around(x, y, count, d("at", 0.4, 0.7) * radius)
+    size, long = d("size", 0.08, 0.24) * radius, d("long", 0.6, 1.6)
+    angular = d.chance("angular", 0.5)
+    insert = angular * box(out, along, size, size * long) + (1 - angular) * (torch.hypot(out, along) - size)
+    core = r - d("core", 0.1, 0.35) * radius
+    body = mix(material(x, y, d, "body"), material(x, y, d, "core"), fill(core))
+    body = mix(body, material(x, y, d, "insert"), fill(insert))
+    body = mix(body, material(x, y, d, "heart"), fill(insert + d("rim", 0.2, 0.6) * size))
+    height = d("raised", -0.08, 0.12) * fill(insert) + d("boss", -0.08, 0.12) * fill(core)
+    holed = d.chance("holed", 0.3)
+    return on_background(x, y, d, body, height, fill(outline) * (1 - holed * fill(core)))
+
+
+def flange(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Turned disc, round or lobed, with bolt holes and a bore."""
+    r, radius, count = torch.hypot(x, y), d("radius", 0.6, 0.85), d.integer("bolts", 3, 10)
+    lobes = d("lobes", 0, 0.2) * (wave(torch.atan2(y, x) / (2 * math.pi) * count) - 0.5)
+    out, along = around(x, y, count, d("circle", 0.65, 0.8) * radius)
+    bolt = torch.hypot(out, along) - d("bolt", 0.05, 0.11) * radius
+    bore, boss = r - d("bore", 0.1, 0.3) * radius, r - d("boss", 0.35, 0.55) * radius
+    turned = wave(r * d.log("turned", 4, 30)) * d("groove", 0, 0.4)
+    body = mix(metal(x, y, d, "disc"), metal(x, y, d, "boss"), fill(boss)) * (1 - turned)[:, None]
+    inside = fill(r - radius * (1 + lobes)) * fill(-bolt) * fill(-bore)
+    return on_background(x, y, d, body, 0.1 * inside + d("step", 0, 0.15) * fill(boss, 0.05), inside)
+
+
+def tray(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Like pieces in rows on a tray: a blister, a cage, sweets."""
+    half, broad, count = d("half", 0.7, 0.9), d("broad", 0.6, 1), d.integer("count", 2, 6)
+    pitch = 1.8 * half / count
+    rows = torch.floor(count * broad).clamp(min=1)
+    u, v = x / pitch - 0.5 * ((count + 1) % 2), y / pitch - 0.5 * ((rows + 1) % 2)
+    column, row = (torch.minimum(torch.maximum(torch.round(t), -((n - (n % 2)) / 2)), (n - 2 + (n % 2)) / 2)
+                   for t, n in ((u, count), (v, rows)))  # fmt: skip
+    du, dv, angular = u - column, v - row, d.chance("angular", 0.4)
+    piece = angular * box(du, dv, d("wide", 0.25, 0.42), 0.36, 0.06) + (1 - angular) * (torch.hypot(du, dv) - 0.36)
+    dome = (-piece * 4).clamp(0, 1).sqrt()
+    body = mix(material(x, y, d, "tray"), material(x, y, d, "piece"), fill(piece, 0.06))
+    return on_background(x, y, d, body, d("dome", 0, 0.3) * pitch * dome, fill(box(x, y, half, half * broad, 0.08)))
+
+
+def name_plate(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Plate with printed or stamped signs, a frame and screw holes."""
+    half_x, half_y = d("half x", 0.65, 0.88), d("half y", 0.35, 0.6)
+    text = label(x, y, d.split("text"))
+    written = fill(box(x, y, half_x * 0.8, half_y * 0.65))
+    frame = fill(box(x, y, half_x * 0.9, half_y * 0.85, 0.05).abs() - 0.02) * d.chance("framed", 0.6)
+    ground = metal(x, y, d, "plate")
+    body = mix(mix(ground, text.albedo, written * d("printed", 0.6, 1)), colour(d, "frame"), frame)
+    hole = torch.hypot(x.abs() - half_x * 0.88, y.abs() - half_y * 0.8) - d("hole", 0.03, 0.07)
+    inside = fill(box(x, y, half_x, half_y, 0.06)) * fill(-hole)
+    return on_background(x, y, d, body, text.height * written + 0.03 * frame + 0.05 * inside, inside)
+
+
+def coil(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Spring seen from the side: a wire that winds to and fro."""
+    long, high, turns = d("long", 0.6, 0.85), d("high", 0.2, 0.5), d.log("turns", 2, 5)
+    wire, phase = d("wire", 0.05, 0.11), 2 * math.pi * turns * x
+    slope = 2 * math.pi * turns * high
+    away = (y - high * torch.sin(phase)).abs() / (1 + (slope * torch.cos(phase)) ** 2).sqrt()
+    away = torch.maximum(away, x.abs() - long)
+    across = (away / wire).clamp(0, 1)
+    body = metal(x, y, d, "wire") * (0.5 + 0.5 * (1 - across**2))[:, None]
+    return on_background(x, y, d, body, 0.1 * (1 - across**2).sqrt(), fill(away - wire))
+
+
+def cookie(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Something baked or moulded by hand: a wavy outline, crumbs, chips, pricked holes."""
+    r, angle, radius = torch.hypot(x, y), torch.atan2(y, x), d("radius", 0.55, 0.8)
+    wavy = sum(d(f"wave {n}", 0, 0.25 / n) * torch.cos(n * angle + d(f"phase {n}", 0, 6.3)) for n in (2, 3, 5))
+    f = d.log("f", 1, 4)
+    crumb = noise("cloud", x * f, y * f, d, "crumb") - 0.5
+    chip = (noise("id", x * f, y * f, d, "chip") > d("chips", 0.6, 1.1)) * fill(noise("cell", x * f, y * f, d, "chip") - 0.35)
+    prick = d.chance("pricked", 0.4) * fill(torch.hypot(*(fold(t * d.log("pitch", 2, 4)) for t in (x, y))) - 0.08, 0.05)
+    body = colour(d, "dough", 0.3, 0.9) * (1 + d("rough", 0.1, 0.7) * crumb - 0.6 * prick)[:, None]
+    body = mix(body, colour(d, "chip"), chip)
+    edge = r - radius * (1 + wavy)
+    height = 0.08 * crumb / f + d("thick", 0.05, 0.2) * (-edge * 3).clamp(0, 1).sqrt() - 0.04 * prick
+    return on_background(x, y, d, body, height, fill(edge, 0.04))
+
+
+def bracket(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Bent or milled angle of two arms, with holes."""
+    long, thick = d("long", 0.6, 0.8), d("thick", 0.15, 0.3)
+    arm_a, arm_b = box(x, y + long - thick, long, thick, 0.04), box(x + d("at", 0, 1) * (long - thick), y, thick, long, 0.04)
+    hole_a = torch.hypot(x.abs() - d("a", 0.3, 0.7) * long, y + long - thick) - d("hole", 0.2, 0.5) * thick
+    slot = box(x + d("at", 0, 1) * (long - thick), y - 0.3 * long, 0.3 * thick, d("slot", 0.1, 0.4) * long, 0.03)
+    groove = wave(y * d.log("pitch", 3, 30)) * d("groove", 0, 0.3)
+    body = mix(metal(x, y, d, "a"), metal(x, y, d, "b"), fill(arm_b, 0.05)) * (1 - groove)[:, None]
+    inside = fill(torch.minimum(arm_a, arm_b)) * fill(-hole_a) * (1 - d.chance("slotted", 0.6) * fill(slot))
+    return on_background(x, y, d, body, 0.1 * inside + 0.05 * fill(arm_b, 0.05), inside)
+
+
 OBJECTS = {family.__name__: family for family in (
     nut, screw, bottle_top, pill, capsule, gear, cable, connector, ring,
+    assembly, flange, tray, name_plate, coil, cookie, bracket,
 )}  # fmt: skip

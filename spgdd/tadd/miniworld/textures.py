@@ -169,6 +169,61 @@ def circuit_board(x: Tensor, y: Tensor, d: Dice) -> Surface:
                    0.02 * copper + 0.06 * chip)
 
 
+def marble(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Polished stone: clouds within clouds, veined or blotched, of three minerals."""
+    f = d.log("f", 0.3, 3)
+    u, v = x * f, y * f
+    for turn in "ab":
+        bend = d("bend " + turn, 0, 0.8)
+        u, v = (t + bend * (noise("smoke", u, v, d, name + turn) - 0.5) for t, name in ((u, "u"), (v, "v")))
+    cloud, fine = noise("cloud", u, v, d, "cloud"), noise("grain", x * f * 3, y * f * 3, d, "fine") - 0.5
+    vein = noise("ridge", u, v, d, "vein") ** d.integer("thin", 2, 12)
+    hard = d.chance("hard", 0.4)
+    blotch = hard * fill(d("level", 0.3, 0.7) - cloud, 0.1) + (1 - hard) * cloud
+    body = mix(mix(colour(d, "a"), colour(d, "b"), blotch), colour(d, "c"), vein * d("veined", 0, 1))
+    return Surface(body * (1 + d("grain", 0, 0.4) * fine)[:, None], d("relief", 0, 0.03) * blotch)
+
+
+def terrazzo(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Chips of two minerals cast in cement, from scattered to packed."""
+    f, warp = d.log("f", 0.8, 5), d("warp", 0, 0.2)
+    u = x * f + warp * (noise("cloud", x * f, y * f, d, "u") - 0.5)
+    v = y * f + warp * (noise("cloud", x * f, y * f, d, "v") - 0.5)
+    number, gap = noise("id", u, v, d, "chip"), noise("edge", u, v, d, "chip")
+    chip = fill(d("gap", 0.05, 0.35) - gap, 0.08) * (number > d("rare", 0, 0.7)).float()
+    mineral = mix(colour(d, "a"), colour(d, "b"), wave(number * 7))
+    grit = noise("grain", x * f, y * f, d, "grit") - 0.5
+    body = mix(colour(d, "cement"), mineral, chip) * (1 + d("grit", 0, 0.5) * grit)[:, None]
+    return Surface(body, d("relief", -0.04, 0.04) / f * chip)
+
+
+def traces(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Conductor tracks: lines that follow each other around the hills of a smooth field, rounded or stepped."""
+    f, step = d.log("f", 0.4, 1.6), d.log("step", 0.02, 0.1)
+    stepped = d.chance("stepped", 0.5)
+    u, v = (stepped * torch.round(t / step) * step + (1 - stepped) * t for t in (x, y))
+    hill = noise("smoke", u * f, v * f, d, "hill") * d.log("lines", 5, 16)
+    line = fill(fold(hill) - d("width", 0.1, 0.32), 0.06)
+    grain = 1 + d("grain", 0, 0.3) * (noise("grain", x * 2, y * 2, d, "grain") - 0.5)
+    body = mix(colour(d, "ground"), colour(d, "copper"), line) * grain[:, None]
+    return Surface(body, d("relief", 0, 0.02) * line)
+
+
+def label(x: Tensor, y: Tensor, d: Dice) -> Surface:
+    """Lines of printed or stamped signs on paper, foil or metal."""
+    f, high = d.log("f", 1.5, 5), d("high", 0.4, 0.8)
+    u, v = x * f, y * f * high
+    column, row = torch.floor(u), torch.floor(v)
+    dot_u, dot_v = torch.floor((u - column) * 7), torch.floor((v - row) * 9)  # a sign has 5 x 7 dots
+    dots = noise("grain", (column * 7 + dot_u) * 1.37 + 0.01, (row * 9 + dot_v) * 1.73 + 0.01, d, "dots")
+    here = noise("grain", column * 1.37 + 0.01, row * 1.73 + 0.01, d, "here") < d("dense", 0.5, 1)
+    sign = (dots > 0.5) & (dot_u < 5) & (dot_v < 7) & here
+    fibre = noise("cloud", x * 2, y * 2, d, "fibre") - 0.5
+    ground = colour(d, "ground", 0.3, 0.95, 0.4) * (1 + d("fibre", 0.02, 0.3) * fibre)[:, None]
+    return Surface(mix(ground, colour(d, "ink", 0.02, 0.6), 0.9 * sign.float()), d("stamped", -0.02, 0.01) * sign)
+
+
 TEXTURES = {family.__name__: family for family in (
     brushed_metal, weave, wood, leather, concrete, asphalt, tile, mesh, paper, cast_metal, felt, pattern, circuit_board,
+    marble, terrazzo, traces, label,
 )}  # fmt: skip
