@@ -226,6 +226,8 @@ def memory(options) -> None:
     for four_bit, batch, micro, length, recomputation, limit in cases[: 2 if options.toy else None]:
         if four_bit != bits:
             model, bits = None, four_bit
+            if torch.cuda.is_available():
+                torch.cuda.set_per_process_memory_fraction(1.0)  # building takes more than training
             model = build(options, four_bit=four_bit)
         if torch.cuda.is_available():
             share = (limit - CONTEXT) * 1e9 / torch.cuda.get_device_properties(0).total_memory if limit else 1.0
@@ -241,7 +243,7 @@ def memory(options) -> None:
             shown = "out of memory"
         shown += f", where the GPU has {limit} GB" if limit else ""
         base, again = "4 bit" if four_bit else "bfloat16", "yes" if recomputation else "no"
-        print(f"| {base} | {batch} | {micro} | {length} | {again} | {shown} |")
+        print(f"| {base} | {batch} | {micro} | {length} | {again} | {shown} |", flush=True)
 
 
 def ranks(options) -> float:

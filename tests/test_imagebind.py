@@ -6,11 +6,12 @@ import os
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import FIXTURES, check
 from spgdd.errors import WeightsError
-from spgdd.imagebind import HUGE, MINI, MODALITIES, ImageBind, ImageBindConfig, TowerConfig, load_imagebind
+from spgdd.imagebind import HUGE, MINI, MODALITIES, ImageBind, ImageBindConfig, TowerConfig, load_imagebind, towers
 
 TINY = FIXTURES / "tiny_imagebind"
 WEIGHTS = TINY / "state_dict.safetensors"
@@ -133,6 +134,16 @@ def test_learned_scale_is_capped_at_100(config, inputs):
     model = load_imagebind(WEIGHTS, config)
     model.modality_postprocessors["text"][1].log_logit_scale.fill_(6.0)  # exp(6) = 403
     assert model.encode_text(inputs["text"]).norm(dim=-1).tolist() == pytest.approx([100.0] * 5)
+
+
+def test_gelu_within_the_product_differs_by_rounding(tiny, inputs, expected, monkeypatch):
+    layer, tokens = tiny.modality_trunks["vision"].blocks[0].mlp.fc1, 3 * torch.randn(2, 50, 64)
+    exact = F.gelu(layer(tokens))
+    torch.testing.assert_close(towers.fused_gelu(tokens, layer), exact, atol=1e-3, rtol=0)
+    torch.testing.assert_close(F.gelu(layer(tokens), approximate="tanh"), exact, atol=1e-3, rtol=0)  # a GPU's
+    monkeypatch.setattr(towers, "fuses_gelu", lambda x, layer: True)
+    embedding = tiny.encode_image(inputs["vision"]).embedding
+    torch.testing.assert_close(embedding, expected["vision.final"], atol=1e-3, rtol=0)
 
 
 def test_text_shorter_than_the_context(tiny, inputs):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import ROOT, check
 from spgdd.ahead import ahead
@@ -430,10 +431,17 @@ def test_a_cache_that_cannot_be_is_explained(data, folder, model, tmp_path, monk
         unfilled.example(0, 0)
     picture = data.items[0].pictures[0]
     path, content = data.cache.path(picture), data.cache.path(picture).read_bytes()
-    path.write_bytes(content[:1000])
-    with pytest.raises(DataError, match="is damaged .* Delete it and start again"):
-        data.cache.read(picture)
+    header = 8 + int.from_bytes(content[:8], "little")
+    damaged = [content[:length] for length in (0, 5, 8, 60, header, header + 1000, len(content) - 1)]  # cut off
+    damaged += [content + b"x", content.replace(b'"mask"', b'"mark"'), content.replace(b"F16", b"F32"),
+                b"\xff" * len(content), content[:8] + b"[" * (len(content) - 8)]  # fmt: skip
+    for bad in damaged:
+        path.write_bytes(bad)
+        with pytest.raises(DataError, match="is damaged .* Delete it and start again"):
+            data.cache.read(picture)
     path.write_bytes(content)
+    seen, tensors = data.cache.read(picture), load_file(path)
+    assert all(torch.equal(getattr(seen, name), value) for name, value in tensors.items()) and len(tensors) == 3
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     with pytest.raises(DataError, match=r"features of 24 pictures take 0.0 GB.*or train without a cache"):
         unfilled.fill()

@@ -52,8 +52,24 @@ class Attention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
+def fuses_gelu(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether ``fused_gelu`` pays: in half precision on a GPU. It has no gradient, and a compiler fuses on its own."""
+    half = x.dtype == layer.weight.dtype and x.dtype in (torch.float16, torch.bfloat16)
+    return x.is_cuda and half and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def fused_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """GELU(layer(x)) of x (..., D) in one kernel, which saves a pass over memory: a tenth of the vision tower's time.
+
+    On a GPU it is the tanh form of GELU. It differs from the exact one by at most 5e-4: bfloat16 rounds values near 1
+    by up to 4e-3.
+    """
+    rows = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+    return rows.unflatten(0, x.shape[:-1])
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block with exact GELU."""
+    """Pre-norm transformer block with GELU: the exact one, but for ``fused_gelu``."""
 
     def __init__(self, width: int, heads: int, bias_kv: bool):
         super().__init__()
@@ -65,7 +81,10 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         tokens = tokens + self.attn(self.norm_1(tokens), mask)
-        return tokens + self.mlp(self.norm_2(tokens))
+        normed = self.norm_2(tokens)
+        if fuses_gelu(normed, self.mlp.fc1):
+            return tokens + self.mlp.fc2(fused_gelu(normed, self.mlp.fc1))
+        return tokens + self.mlp(normed)
 
 
 class Trunk(nn.Module):

@@ -4,7 +4,7 @@
     cache.fill(pictures)
     seen = cache.read(pictures[0])
 
-There is one file a picture, read through a memory map. Its name is a hash of all that its content depends on, and the
+There is one safetensors file a picture, read whole. Its name is a hash of all that its content depends on, and the
 folder's of the tower and of how pictures become square. A file gets its name when it is complete: a run that is killed
 leaves all that it has finished, and any number of runs and ranks may fill and read one folder at a time.
 """
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -41,6 +41,7 @@ from spgdd.tadd.synthesis import DEFAULT, Settings, synthesise
 BATCH = 32  # pictures that the vision tower takes at once
 RECIPE = 1  # number of how pictures become content; another one makes every file anew
 MASK_SHARE = 0.1  # a pixel of the square is defective if this share of it is (AnomalyGPT)
+DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}  # by the names in files
 STALE = 3600  # seconds after which an unfinished file is taken for one of a killed run
 
 
@@ -170,12 +171,10 @@ class FeatureCache:
         """What ``fill`` has written of the picture. Raises DataError for a file that is not there or damaged."""
         path = self.path(picture)
         try:
-            with safe_open(path, "pt") as file:
-                mask, embedding, patches = (file.get_tensor(name) for name in ("mask", "embedding", "patches"))
-                return Seen(mask, json.loads(file.metadata()["defects"]), None, embedding, patches)
+            return _read(path)
         except FileNotFoundError:
             raise DataError(f"{picture.image} is not in the feature cache {self.folder}: fill it first.") from None
-        except SafetensorError as error:
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DataError(f"{path} is damaged ({error}). Delete it and start again: it is made anew.") from error
 
 
@@ -187,8 +186,29 @@ def encode(model: SPGDD, seen: Sequence[Seen]) -> ImageFeatures:
     return ImageFeatures(torch.cat(embedding).float(), torch.cat(patches).half())
 
 
+def _read(path: Path) -> Seen:
+    """A file: 8 bytes with the length of a JSON header, the header, tensors end to end.
+
+    Not through safetensors' memory map: its pages would be fetched one by one where they are first touched, and that
+    is in the one thread that makes batches.
+    """
+    with open(path, "rb", buffering=0) as file:
+        content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
+        there = file.readinto(content.numpy())
+    start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
+    header = json.loads(content.numpy()[8:start].tobytes())
+    about = [header[name] for name in ("mask", "embedding", "patches")]
+    size = start + max(one["data_offsets"][1] for one in about)
+    if not there == len(content) == size:
+        raise ValueError(f"{there} bytes in place of {size}")
+    mask, embedding, patches = (
+        content[start:][slice(*one["data_offsets"])].view(DTYPES[one["dtype"]]).view(one["shape"]) for one in about
+    )
+    return Seen(mask, json.loads(header["__metadata__"]["defects"]), None, embedding, patches)
+
+
 def _write(path: Path, seen: Seen, embedding: Tensor, patches: Tensor) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # ranks and hosts may write the same picture
     tensors = {"mask": seen.mask, "embedding": embedding, "patches": patches}
     partial.write_bytes(save(tensors, {"defects": json.dumps(seen.defects)}))
     os.replace(partial, path)

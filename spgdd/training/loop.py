@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -129,6 +130,26 @@ def base(model: SPGDD) -> nn.Module:
 
 
 @contextmanager
+def padded(head: nn.Linear) -> Iterator[None]:
+    """The frozen output layer with rows of zeros up to a multiple of 64, and without their logits.
+
+    LLaMA has 32,000 pieces, Vicuna v0 one more: for an odd width cuBLAS falls back to kernels that are several times
+    slower. Left alone where it is not plain, or where accelerate moves its weight between devices.
+    """
+    pieces = head.out_features
+    if type(head) is not nn.Linear or hasattr(head, "_hf_hook") or pieces % 64 == 0:
+        yield
+        return
+    head.weight = nn.Parameter(F.pad(head.weight.data, (0, 0, 0, -pieces % 64)), requires_grad=False)
+    hook = head.register_forward_hook(lambda head, inputs, logits: logits[..., :pieces])  # for answers too
+    try:
+        yield
+    finally:
+        hook.remove()
+        head.weight = nn.Parameter(head.weight.data[:pieces], requires_grad=False)
+
+
+@contextmanager
 def prepared(model: SPGDD, settings: Settings, data) -> Iterator[tuple[Objective, dict[str, nn.Parameter]]]:
     """The model ready to be trained, with what is trained by name; left in evaluation mode, as it was."""
     parameters = {}
@@ -142,10 +163,13 @@ def prepared(model: SPGDD, settings: Settings, data) -> Iterator[tuple[Objective
         if isinstance(layer, LoraLayer):
             layer.lora_dropout["default"] = nn.Dropout(settings.lora_dropout)
     language.pad_to = settings.pad_to
+    # Learned prompts pass through the text tower in each step.
+    texts = model.imagebind.modality_trunks["text"].blocks if model.abnormal_prompts is not None else []
     for layer in llama.model.layers:
         layer.gradient_checkpointing = settings.checkpointing
         layer._gradient_checkpointing_func = partial(recompute, use_reentrant=False)
-        if settings.compile:
+    if settings.compile:
+        for layer in (*llama.model.layers, *texts):
             layer.compile()
     tower, device = model.imagebind.modality_trunks["vision"], model.device
     precision = torch.get_float32_matmul_precision()
@@ -157,14 +181,17 @@ def prepared(model: SPGDD, settings: Settings, data) -> Iterator[tuple[Objective
     model.train()
     model.imagebind.eval()
     try:
-        yield Objective(model, settings.max_tgt_len), parameters
+        with padded(llama.lm_head):
+            yield Objective(model, settings.max_tgt_len), parameters
     finally:
         model.eval()
         model.zero_grad()
         tower.to(device)
         torch.set_float32_matmul_precision(precision)
         for layer in llama.model.layers:
-            layer.gradient_checkpointing, layer._compiled_call_impl = False, None
+            layer.gradient_checkpointing = False
+        for layer in (*llama.model.layers, *texts):
+            layer._compiled_call_impl = None
         language.pad_to = 1
 
 
