@@ -131,18 +131,19 @@ def place_of(box: tuple[int, int, int, int], placement: Placement) -> str:
 def assemble(corner_maps: np.ndarray, share: float = 0.0) -> tuple[float, np.ndarray]:
     """Score and aligned map (M, M) of a picture from the model's maps (V, 224, 224) of its ``Placement.views``.
 
-    The score is the mean of the highest ``share`` of a view's values, at least of one, and the largest of the views'.
-    Where there are tiles, a pixel of the map has the larger of what the whole view and the tiles say.
+    A view's score is the mean of the highest ``share`` of its values, at least of one. Where there are tiles, the score
+    is the mean of the whole view's and the strangest tile's, and the map the mean of the whole view's and the tiles':
+    what both see counts most.
     """
     values = corner_maps.reshape(len(corner_maps), -1)  # (V, 224 * 224)
     count = max(1, round(share * values.shape[1]))
-    score = float(np.partition(values, -count, axis=1)[:, -count:].mean(1).max())
+    score, *others = np.partition(values, -count, axis=1)[:, -count:].mean(1).tolist()
     whole, *tiles = map(align, corner_maps)
     if not tiles:
         return score, whole
     joined = stitch(tiles)
     position = (np.arange(len(joined)) + 0.5) * SIZE / len(joined) - 0.5
-    return score, np.maximum(_interpolate(_interpolate(whole, position).T, position).T, joined)
+    return (score + max(others)) / 2, (_interpolate(_interpolate(whole, position).T, position).T + joined) / 2
 
 
 def stitch(tiles: list[np.ndarray]) -> np.ndarray:

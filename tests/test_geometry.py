@@ -154,12 +154,14 @@ def test_tiles_cover_the_square_and_are_put_back_where_they_were(size, fit, tile
         assert np.abs(returned - colours[..., axis])[inner].mean() < 4  # patches are 16 grey values apart, tiles 8
 
 
-def test_score_is_the_mean_of_the_highest_share_of_the_strangest_view():
+def test_score_is_the_mean_of_the_whole_views_highest_share_and_the_strangest_tiles():
     maps = np.zeros((5, 224, 224), np.float32)
     maps[3, :112, :112] = np.linspace(0, 1, 112**2).reshape(112, 112)
     maps[0, 5, 5] = 2
-    for share, score in [(0, 2.0), (0.25, 0.5), (0.125, 0.75)]:  # a quarter of the view rises from 0 to 1
-        assert assemble(maps, share)[0] == pytest.approx(score, abs=1e-3)
+    for share, whole, tile in [(0, 2.0, 1.0), (0.25, 0.0, 0.5), (0.125, 0.0, 0.75)]:  # a quarter rises from 0 to 1
+        assert assemble(maps, share)[0] == pytest.approx((whole + tile) / 2, abs=1e-3)
+    maps = np.stack([np.full((224, 224), value, np.float32) for value in (0.2, 0.6, 0.6, 0.6, 0.6)])
+    assert np.allclose(assemble(maps)[1], 0.4)
 
 
 def test_one_tile_changes_nothing():
