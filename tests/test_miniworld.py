@@ -165,7 +165,7 @@ def test_random_surfaces_have_no_defect_that_only_moves_them():
     moving = {kind for kind, row in DEFECTS.items() if any(row.warp + row.tear) and not row.object_only}
     assert moving == {"bent", "misprint", "fray"}
     shown = {family: moving & {TYPES[i] for i in possible_types(family)} for family in FAMILIES}
-    for family in ("leather", "concrete", "asphalt", "paper", "cast_metal", "felt", "pattern"):
+    for family in ("leather", "concrete", "asphalt", "paper", "cast_metal", "felt", "pattern", "marble", "terrazzo"):
         assert not shown.pop(family), family
     assert shown.pop("weave") == {"fray"}
     assert set(map(len, shown.values())) == {3}

@@ -241,7 +241,8 @@ def cookie(x: Tensor, y: Tensor, d: Dice) -> Surface:
     wavy = sum(d(f"wave {n}", 0, 0.25 / n) * torch.cos(n * angle + d(f"phase {n}", 0, 6.3)) for n in (2, 3, 5))
     f = d.log("f", 1, 4)
     crumb = noise("cloud", x * f, y * f, d, "crumb") - 0.5
-    chip = (noise("id", x * f, y * f, d, "chip") > d("chips", 0.6, 1.1)) * fill(noise("cell", x * f, y * f, d, "chip") - 0.35)
+    rare = noise("id", x * f, y * f, d, "chip") > d("chips", 0.6, 1.1)
+    chip = rare * fill(noise("cell", x * f, y * f, d, "chip") - 0.35)
     prick = d.chance("pricked", 0.4) * fill(torch.hypot(*(fold(t * d.log("pitch", 2, 4)) for t in (x, y))) - 0.08, 0.05)
     body = colour(d, "dough", 0.3, 0.9) * (1 + d("rough", 0.1, 0.7) * crumb - 0.6 * prick)[:, None]
     body = mix(body, colour(d, "chip"), chip)
@@ -253,9 +254,10 @@ def cookie(x: Tensor, y: Tensor, d: Dice) -> Surface:
 def bracket(x: Tensor, y: Tensor, d: Dice) -> Surface:
     """Bent or milled angle of two arms, with holes."""
     long, thick = d("long", 0.6, 0.8), d("thick", 0.15, 0.3)
-    arm_a, arm_b = box(x, y + long - thick, long, thick, 0.04), box(x + d("at", 0, 1) * (long - thick), y, thick, long, 0.04)
+    across = x + d("at", 0, 1) * (long - thick)
+    arm_a, arm_b = box(x, y + long - thick, long, thick, 0.04), box(across, y, thick, long, 0.04)
     hole_a = torch.hypot(x.abs() - d("a", 0.3, 0.7) * long, y + long - thick) - d("hole", 0.2, 0.5) * thick
-    slot = box(x + d("at", 0, 1) * (long - thick), y - 0.3 * long, 0.3 * thick, d("slot", 0.1, 0.4) * long, 0.03)
+    slot = box(across, y - 0.3 * long, 0.3 * thick, d("slot", 0.1, 0.4) * long, 0.03)
     groove = wave(y * d.log("pitch", 3, 30)) * d("groove", 0, 0.3)
     body = mix(metal(x, y, d, "a"), metal(x, y, d, "b"), fill(arm_b, 0.05)) * (1 - groove)[:, None]
     inside = fill(torch.minimum(arm_a, arm_b)) * fill(-hole_a) * (1 - d.chance("slotted", 0.6) * fill(slot))

@@ -17,8 +17,9 @@ from spgdd.tadd.miniworld.textures import TEXTURES
 FAMILIES = TEXTURES | OBJECTS
 HELD_OUT_FAMILIES = ("leather", "tile", "gear", "cable")  # never in training
 HELD_OUT_TYPES = ("glue", "fold", "burn")
-REGULAR = ("weave", "tile", "mesh", "circuit_board", "traces", "label")  # textures that, as objects do, hide less than a random surface
-SHOWS_SHIFT = ("tile", "mesh", "circuit_board", "brushed_metal", "wood", "traces", "label")  # textures of lines, which break or bend
+# Textures that, as objects do, hide less than a random surface; of lines, which break or bend.
+REGULAR = ("weave", "tile", "mesh", "circuit_board", "traces", "label")
+SHOWS_SHIFT = ("tile", "mesh", "circuit_board", "brushed_metal", "wood", "traces", "label")
 SHOWS_TEAR = ("weave", *SHOWS_SHIFT)  # the lines of cloth wander, but where it is torn they are gone
 CLEAR_REGULAR, CLEAR_RANDOM = 0.7, 1.2  # mean of ``clarity`` in its mask that a defect needs
 LEAST_AREA = 24 / 224**2  # of the picture, that a defect's mask needs
