@@ -20,7 +20,6 @@ from spgdd.errors import SpgddError
 
 ENOUGH = 2  # pictures expected above a threshold before it is an order statistic
 AREA = 0.01  # share of a normal picture that may lie above the outline of regions
-USUAL = -3.0  # log-odds of the score of a normal picture, as the language model knows them from training
 ZERO_SHOT = 0.5  # abnormal probability from which a picture counts as defective when no normal one is known
 COPIES = ((12, 0.9, 1.1), (20, 1.1, 1.1), (20, 0.9, 0.9), (12, 1.1, 0.9))  # pixels cut off, brightness, contrast
 
@@ -70,17 +69,6 @@ class Calibration:
         bounds = upper_bound(self.scores, self.pictures, false_alarm_rate, self.largest)
         outline = upper_bound(self.outlines, self.pictures, false_alarm_rate, self.largest)[0]
         return Limits(*bounds, min(outline, bounds[1]))
-
-    def told(self, maps: Tensor) -> Tensor:
-        """Maps as the language model is told them.
-
-        It knows no product. Where the normal pictures of one score higher than is usual, the log-odds of its maps are
-        lowered by as much. Distances, and maps made without normal pictures, stay as they are.
-        """
-        if self.largest != 1.0 or not self.scores:
-            return maps
-        level = special.logit(np.clip(self.scores, 1e-6, 1 - 1e-6)).mean()
-        return (maps.logit(1e-6) - max(0.0, level - USUAL)).sigmoid()
 
 
 def upper_bound(values: tuple[float, ...], pictures: int, rate: float, largest: float) -> tuple[float, float, float]:

@@ -192,7 +192,7 @@ class Diagnoser:
         )
         watch.lap("map")
 
-        shown = prompt_map(maps, square_map, calibration).to(whole.embedding.device)
+        shown = prompt_map(maps, square_map).to(whole.embedding.device)
         prompt_tokens = self.model.prompt_tokens(shown, whole, bank)  # (1, P, H)
 
         def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int) -> Answer:
@@ -244,11 +244,11 @@ def judge(
     return score, verdict, regions, square_map
 
 
-def prompt_map(corner_maps: np.ndarray, square_map: np.ndarray, calibration: Calibration) -> torch.Tensor:
+def prompt_map(corner_maps: np.ndarray, square_map: np.ndarray) -> torch.Tensor:
     """What the language model is told, float32 (1, 1, 224, 224): with tiles, the largest values of the whole map."""
     if len(corner_maps) == 1:
-        return calibration.told(torch.from_numpy(corner_maps)[None])
-    return calibration.told(F.adaptive_max_pool2d(torch.from_numpy(square_map)[None, None], corner_maps.shape[-2:]))
+        return torch.from_numpy(corner_maps)[None]
+    return F.adaptive_max_pool2d(torch.from_numpy(square_map)[None, None], corner_maps.shape[-2:])
 
 
 def says_defective(text: str) -> bool | None:

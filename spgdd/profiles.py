@@ -104,7 +104,7 @@ _ALL = (
             Delta("mini/delta.safetensors", (*LANGUAGE_PARTS, *SPGDD_PARTS), "notebook 00"),
         ),
         lora_rank=32,
-        **FULL,
+        **FULL | {"scales": (1, 3)},  # the third one brought nothing there
         prompt_channels=(4, 16, 32, 64, 128),
         fit="squash",
         precision="float32",

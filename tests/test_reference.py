@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import check
 from fake_model import FakeModel, part
 from spgdd import cli
 from spgdd.calibration import PRIORS, Calibration, altered_copies, upper_bound
@@ -85,17 +84,6 @@ def test_lower_rate_means_higher_threshold_and_evidence_narrows_the_unsure_band(
     for rate in (0, 0.5, -1, 1):
         with pytest.raises(SpgddError, match="false_alarm_rate"):
             Calibration("none").limits(rate)
-
-
-def test_maps_are_told_relative_to_what_normal_pictures_score():
-    odds = torch.tensor([[-4.0, 0.0, 3.0]])
-    scores = tuple(torch.tensor([-2.0, 0.0]).sigmoid().tolist())  # log-odds of -1 on average, 2 more than is usual
-    strange = Calibration("leave-one-out", 2, scores, scores, largest=1.0)
-    check("lowered", strange.told(odds.sigmoid()).logit(), odds - 2, atol=1e-4)
-    calm = Calibration("leave-one-out", 2, (1e-3, 1e-4), (1e-3, 1e-4), largest=1.0)
-    check("a calm product", calm.told(odds.sigmoid()).logit(), odds, atol=1e-4)
-    for plain in (Calibration("none"), Calibration("leave-one-out", 2, scores, scores, largest=2.0)):
-        assert plain.told(odds) is odds
 
 
 def test_limits_stay_possible_scores():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pool import TRAIN_FAMILIES, TRAIN_TYPES, Pool
+from pool import TOWER_FAMILIES, TRAIN_TYPES, Pool
 from safetensors.torch import save_file
 from texts import CAPTIONS, NAMES, OTHERS, PHRASES, TextBank, build_tokenizer
 from torch import Tensor, nn
@@ -45,9 +45,9 @@ class Trainee(nn.Module):
         self.image_decoder = PatchDecoder(MINI.vision.width, MINI.joint, len(MINI.taps))
         self.memory = Memory(len(MINI.taps), MINI.vision.width, SCALES)
         self.comparison = Comparison(len(MINI.taps))
-        # Set by photographs, not learned: the generated world overrates the memory, and the words of the last tap.
-        self.comparison.steepness.requires_grad_(False)
-        self.comparison.trust.requires_grad_(False)[:-1] = 1 / (len(MINI.taps) - 1)
+        # Not learned: the generated world overrates the memory, and the words of the last tap. settle.py sets them.
+        self.comparison.steepness.requires_grad_(False).fill_(8.0)
+        self.comparison.trust.requires_grad_(False).fill_(1 / len(MINI.taps))
         self.steepness, self.threshold = nn.Parameter(torch.tensor(12.0)), nn.Parameter(torch.tensor(0.35))
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=24, help="steps between drawings")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--families", type=int, default=len(TRAIN_FAMILIES), help="use the first so many (ablation)")
+    parser.add_argument("--families", type=int, default=len(TOWER_FAMILIES), help="use the first so many (ablation)")
     parser.add_argument("--types", type=int, default=len(TRAIN_TYPES), help="use the first so many (ablation)")
     parser.add_argument("--without", nargs="*", default=[], choices=WEIGHTS, help="leave losses out (ablation)")
     args = parser.parse_args()
@@ -234,7 +234,7 @@ def main() -> None:
         start = saved["step"]
         print(f"going on after step {start}")
     started = time.perf_counter()
-    pool = Pool(args.pool, device, args.seed + start, TRAIN_FAMILIES[: args.families], TRAIN_TYPES[: args.types])
+    pool = Pool(args.pool, device, args.seed + start, TOWER_FAMILIES[: args.families], TRAIN_TYPES[: args.types])
     for _ in tqdm(range(args.pool // args.renew + 1), desc="first photographs"):
         pool.renew(args.renew)
     print(f"pool filled in {time.perf_counter() - started:.0f} s")
@@ -289,7 +289,7 @@ def main() -> None:
         {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)},
         args.out / "imagebind.safetensors",
     )
-    save_file({k: v for k, v in state.items() if not k.startswith(prefix)}, args.out / "maps.safetensors")
+    save_file({k: v for k, v in state.items() if not k.startswith(prefix)}, args.out / "stage1_maps.safetensors")
 
 
 if __name__ == "__main__":

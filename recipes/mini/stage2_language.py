@@ -11,6 +11,7 @@ import random
 import time
 from pathlib import Path
 
+import looks
 import sentencepiece
 import torch
 from pool import TRAIN_TYPES
@@ -42,11 +43,18 @@ def sample(rng: random.Random) -> dict:
             }
         )
     name = rng.choice(words.names_of({"product": family.replace("_", " "), "family": family}))
-    return {"product": name, "family": family, "size": [224, 224], "defects": defects}
+    colours = [rng.uniform(0, 255) for _ in range(3)]
+    return {"product": name, "family": family, "size": [224, 224], "defects": defects, "colours": colours}
+
+
+def talk(rng: random.Random) -> list[dict]:
+    """Mostly about defects, as an inspector talks; else about what anyone sees."""
+    known = sample(rng)
+    return words.conversation(known, rng, kinds=TRAIN_TYPES) if rng.random() < 0.8 else looks.conversation(known, rng)
 
 
 def talks(rng: random.Random, count: int) -> list[list[dict]]:
-    return [words.conversation(sample(rng), rng, kinds=TRAIN_TYPES) for _ in range(count)]
+    return [talk(rng) for _ in range(count)]
 
 
 def build_tokenizer(folder: Path) -> LlamaTokenizer:

@@ -1,5 +1,7 @@
 """Let the mini language model see, as PandaGPT does: LoRA and the image projection, from the image vector alone.
 
+As PandaGPT's, its lessons are about what a picture shows, and not about defects.
+
 python recipes/mini/stage3_align.py --out runs/mini
 """
 
@@ -7,8 +9,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import looks
 import torch
-from talk import bare_model, data, drawn
+from talk import World, bare_model
 
 from spgdd.model import SPGDD, TrainingLoss
 from spgdd.training.loop import train
@@ -25,14 +28,14 @@ def language_loss(model: SPGDD, features, products, conversations, masks=None, n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--products", type=int, default=2000, help="eight pictures each")
+    parser.add_argument("--products", type=int, default=2000, help="eight pictures of each, 4 MB")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=128)
     args = parser.parse_args()
     torch.manual_seed(3)
     model = bare_model(args.out)
     model.training_loss = partial(language_loss, model)
-    pictures = data(model, drawn(args.out / "world3", args.products, 3), shots=(0,))
+    pictures = World(model, args.products, 3, looks.conversation)
     settings = load_settings(Path(__file__).with_name("language.yaml"), steps=args.steps, batch=args.batch)
     train(model, pictures, settings, args.out / "stage3", resume=True)
     save_delta(model.language, args.out / "pandagpt_delta.safetensors", {"stage": "PandaGPT-like alignment"})

@@ -1,20 +1,28 @@
 """What stages 3 and 4 share: the model as far as it is trained, and a mini world to talk about."""
 
 import dataclasses
-import json
-import os
-from concurrent.futures import ProcessPoolExecutor
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from pool import TRAIN_FAMILIES, TRAIN_TYPES
+from torch import Tensor
+from tqdm import tqdm
 
+from spgdd.imagebind import ImageFeatures
+from spgdd.imagebind.preprocess import normalise
 from spgdd.loading import load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
-from spgdd.tadd.miniworld import write_world
-from spgdd.training.data import TrainingData
+from spgdd.tadd import words
+from spgdd.tadd.miniworld import TYPES, describe, photograph, possible_types
+from spgdd.training.data import Batch
 from spgdd.weights.checkpoint import read_tensors
 from spgdd.weights.delta import apply_delta
+
+PICTURES, GOOD = 8, 4  # of a product; the good ones come first
+AT_ONCE = 32  # products drawn and encoded together
 
 
 def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
@@ -30,28 +38,73 @@ def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
     return model
 
 
-def drawn(folder: Path, products: int, seed: int, held_out: bool = False) -> Path:
-    """A mini world of many products, drawn by all processors at once, with one TADD_text.json; once."""
-    if (folder / "TADD_text.json").exists():
-        return folder
-    parts = max(1, min(products // 8, os.cpu_count() // 2))
-    with ProcessPoolExecutor(parts, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        work = [
-            pool.submit(write_world, folder / f"part{i}", products // parts, seed * 1000 + i, (), held_out)
-            for i in range(parts)
-        ]
-        records = [
-            record | {"image_name": f"part{i}/{record['image_name']}"}
-            for i, done in enumerate(work)
-            for record in done.result()
-        ]
-    (folder / "TADD_text.json").write_text(json.dumps(records))
-    return folder
+class World:
+    """Products drawn and encoded on the model's device, 0.6 MB a picture; stands in for ``TrainingData``.
 
+    What is said about a picture is made up anew in every epoch by ``talk``. An example gets one of the numbers
+    ``shots`` of good pictures, and with the chance ``stray`` the image vector of another one: then maps and tokens are
+    all that the answer can rest on.
+    """
 
-def data(model: SPGDD, folder: Path, shots: tuple[int, ...], turns: int | None = None) -> TrainingData:
-    """A drawn world with the features of its pictures."""
-    text, cache = folder / "TADD_text.json", folder / "features"
-    found = TrainingData(model, text, folder, cache=cache, variants=0, shots=shots, turns=turns)
-    found.fill()
-    return found
+    cache = None  # there are no files
+
+    def __init__(
+        self, model: SPGDD, products: int, seed: int, talk: Callable[[dict, random.Random], list[dict]],
+        shots: Sequence[int] = (0,), stray: float = 0.0, families: Sequence[str] = TRAIN_FAMILIES,
+        types: Sequence[str] = TRAIN_TYPES,
+    ):  # fmt: skip
+        self.talk, self.shots, self.stray, self.seed, self.known = talk, shots, stray, seed, []
+        rng, parts = random.Random(f"world {seed}"), []
+        turns = [families[number % len(families)] for number in range(products)]
+        with tqdm(total=products * PICTURES, desc="world", unit="picture") as bar:
+            for family in families:
+                kinds = [i for i in possible_types(family) if TYPES[i] in types]
+                left = turns.count(family)
+                while left > 0:
+                    parts.append(self._draw(model, family, min(left, AT_ONCE), kinds, rng))
+                    left -= AT_ONCE
+                    bar.update(PICTURES * min(AT_ONCE, left + AT_ONCE))
+        self.embedding, self.patches, self.masks = map(torch.cat, zip(*parts, strict=True))
+
+    @torch.no_grad()
+    def _draw(self, model: SPGDD, family: str, count: int, kinds: list[int], rng: random.Random) -> list[Tensor]:
+        """Embeddings, patches (B, L, N, D) float16 and masks (B, 224, 224) of ``count`` products."""
+        wanted = [kind for _ in range(count) for kind in (*[-1] * GOOD, *rng.choices(kinds, k=PICTURES - GOOD))]
+        products, photos = ([rng.randrange(2**31) for _ in range(n)] for n in (count, count * PICTURES))
+        products, photos, wanted = (torch.tensor(values, device=model.device) for values in (products, photos, wanted))
+        shots = photograph(family, products.repeat_interleave(PICTURES), photos, wanted)
+        for number, found in enumerate(describe(family, "", shots)):
+            if number % PICTURES == 0:
+                name = rng.choice(words.names_of({"product": family.replace("_", " "), "family": family}))
+            self.known.append(found | {"product": name})
+        for found, colours in zip(self.known[-len(wanted):], shots.images.float().mean((2, 3)).tolist(), strict=True):
+            found["colours"] = colours  # mean red, green and blue, 0 to 255
+        features = [model.encode(normalise(part)) for part in shots.images.split(64)]
+        embedding, patches = map(torch.cat, zip(*features, strict=True))
+        return [embedding.float(), patches.half(), shots.masks.any(1)]
+
+    def features(self, rows: Sequence[int]) -> ImageFeatures:
+        return ImageFeatures(self.embedding[rows], self.patches[rows].float())
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
+        rows = random.Random(f"order {seed} {epoch}").sample(range(len(self)), len(self))
+        return [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
+
+    def batches(self, plan: Iterable[Sequence[int]], epoch: int) -> Iterator[Batch]:
+        for rows in plan:
+            talks, normals, seen = [], [], []
+            for row in rows:
+                rng = random.Random(f"{self.seed} {epoch} {row}")
+                talks.append(self.talk(self.known[row], rng))
+                first = row - row % PICTURES
+                others = [other for other in range(first, first + GOOD) if other != row]
+                chosen = rng.sample(others, min(rng.choice(self.shots), len(others)))
+                normals.append(self.patches[chosen] if chosen else None)
+                seen.append(rng.randrange(len(self)) if rng.random() < self.stray else row)
+            products = [self.known[row]["product"] for row in rows]
+            features = ImageFeatures(self.embedding[seen], self.patches[rows])
+            keys, normals = [f"picture {row}" for row in rows], normals if any(self.shots) else None
+            yield Batch(keys, features, products, talks, self.masks[rows].float(), normals)

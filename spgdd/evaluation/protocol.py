@@ -186,7 +186,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                     corner_maps, limits[key], loaded.placement, picture.name, model.profile.score_share
                 )
                 if text:
-                    shown.append(prompt_map(corner_maps, square_map, calibrations[key]))
+                    shown.append(prompt_map(corner_maps, square_map))
                 records.append({
                     "picture": picture.name, "kind": picture.kind, "places": loaded.places, "score": score,
                     "threshold": limits[key].threshold, "verdict": verdict,

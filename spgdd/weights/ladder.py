@@ -18,9 +18,11 @@ from spgdd.language.conversation import ASSISTANT
 from spgdd.loading import load_deltas, load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import Profile, get_profile, weights_folder
+from spgdd.tadd.miniworld import draw_product
 from spgdd.tadd.words import default_question
 
 CAPITAL, COLOUR = "What is the capital of France?", "What colour is the shape in the image?"
+THING = "What is in the image?"
 PLATE = "metal plate"
 
 
@@ -87,21 +89,23 @@ def vicuna_talks(model: SPGDD) -> Outcome:
             attention_mask=torch.ones(1, len(ids), device=model.device),
             pad_token_id=tokenizer.eos, eos_token_id=[tokenizer.eos, language.stop_id])
     answer = tokenizer.decode(row[0, len(ids):].tolist()).removesuffix("##").strip()
-    return _judged(model, question, answer, "Paris",
-                   f"{model.profile.language} is not Vicuna v0 or is damaged: run `spgdd weights verify`.")
+    if model.profile.name == "mini":  # it knows inspection and nothing else, so the form is what can be judged
+        passed = says_defective(answer) is not None
+        return passed, f"The answer {'is' if passed else 'should be'} a plain yes or no.", question, answer
+    cure = f"{model.profile.language} is not Vicuna v0 or is damaged: run `spgdd weights verify`."
+    return _names("Paris", question, answer, cure)
 
 
 def pandagpt_talks(model: SPGDD) -> Outcome:
-    """ImageBind, projection and LoRA in PandaGPT's layout, about a drawn red disc; mini: a plate with a hole."""
-    picture, question = Image.new("RGB", (224, 224), "white"), COLOUR
+    """ImageBind, projection and LoRA in PandaGPT's layout, about a drawn red disc; mini: a nut of the mini world."""
+    picture, question, word = Image.new("RGB", (224, 224), "white"), COLOUR, "red"
     ImageDraw.Draw(picture).ellipse((42, 42, 182, 182), fill="red")
     if model.profile.name == "mini":
-        picture, question = draw_plate(180, hole=True), default_question(PLATE)
+        picture, question, word = Image.fromarray(draw_product("nut", 0, ["good"])[0].image), THING, "nut"
     embedding = model.encode(preprocess([picture])).embedding
     answer = model.language.generate(embedding, question, max_new_tokens=24).text.strip()
     files = f"{model.profile.imagebind_file}, {model.profile.deltas[0].file}"
-    return _judged(model, question, answer, "red",
-                   f"ImageBind or the PandaGPT delta ({files}) does not belong to this base.")
+    return _names(word, question, answer, f"ImageBind or the PandaGPT delta ({files}) does not belong to this base.")
 
 
 def diagnosis_answers(model: SPGDD) -> Outcome:
@@ -117,10 +121,7 @@ def diagnosis_answers(model: SPGDD) -> Outcome:
     return passed, verdict, bad.question, bad.text
 
 
-def _judged(model: SPGDD, question: str, answer: str, word: str, cure: str) -> Outcome:
-    if model.profile.name == "mini":  # it knows inspection and nothing else, so the form is what can be judged
-        passed = says_defective(answer) is not None
-        return passed, f"The answer {'is' if passed else 'should be'} a plain yes or no.", question, answer
+def _names(word: str, question: str, answer: str, cure: str) -> Outcome:
     passed = word.lower() in answer.lower()
     verdict = f"The answer names {word}." if passed else f"The answer should name {word}. {cure}"
     return passed, verdict, question, answer
