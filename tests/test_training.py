@@ -18,7 +18,7 @@ import spgdd.training.log
 from conftest import ROOT
 from spgdd import cli
 from spgdd.errors import SpgddError
-from spgdd.training import checkpoint, loop
+from spgdd.training import checkpoint, prepare
 from spgdd.training.engine import LossScale
 from spgdd.training.log import TrainingError
 from spgdd.training.loop import pace, train
@@ -80,11 +80,11 @@ def test_recomputation_and_padding_change_nothing(plain, tmp_path):
 
 def test_rows_of_zeros_in_the_output_layer_change_nothing(monkeypatch):
     model, data = tiny_model(), TinyData()
-    batch, head = data.collate([data.example(index, 0) for index in range(4)]), loop.base(model).lm_head
+    batch, head = data.collate([data.example(index, 0) for index in range(4)]), prepare.base(model).lm_head
     weight, found = head.weight.clone(), []
 
     def compute():
-        with loop.prepared(model, settings(lora_dropout=0.0), data) as (objective, parameters):
+        with prepare.prepared(model, settings(lora_dropout=0.0), data) as (objective, parameters):
             total = objective(batch).total
             total.backward()
             found.append([total.detach(), *(parameter.grad for parameter in parameters.values())])
@@ -92,7 +92,7 @@ def test_rows_of_zeros_in_the_output_layer_change_nothing(monkeypatch):
 
     assert compute() == (448, (400,)), "answers cannot have other pieces"
     assert torch.equal(head.weight, weight) and head(torch.ones(32)).shape == (400,)
-    monkeypatch.setattr(loop, "padded", nullcontext)
+    monkeypatch.setattr(prepare, "padded", nullcontext)
     assert compute() == (400, (400,))
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
 
@@ -107,7 +107,7 @@ def test_layers_compile_to_one_graph_and_are_left_as_they_were(plain, tmp_path, 
     train(model, TinyData(), settings(**options), tmp_path)
     # LLaMA's layers have one. The text tower has another with gradients, and for 14 and for 10 sentences without them.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
-    layers = *loop.base(model).model.layers, *model.imagebind.modality_trunks["text"].blocks
+    layers = *prepare.base(model).model.layers, *model.imagebind.modality_trunks["text"].blocks
     assert all(layer._compiled_call_impl is None for layer in layers)
 
 
