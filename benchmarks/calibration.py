@@ -1,6 +1,6 @@
 """The prior of spgdd.calibration, measured on training families, and the false alarms that follow from it.
 
-    python benchmarks/calibration.py train [PROFILE]          # half an hour on two CPU cores
+    python benchmarks/calibration.py train [PROFILE]          # ten minutes on two CPU cores
     python benchmarks/calibration.py held-out [PROFILE]
     python benchmarks/calibration.py DIR [PROFILE]            # a folder of data sets
 
@@ -21,7 +21,7 @@ from spgdd.tadd.miniworld.world import FAMILIES, HELD_OUT_FAMILIES
 
 RATES = (0.01, 0.05, 0.1)
 SHOTS, SEEDS = (1, 2, 4, 8), (0, 1, 2)
-PRODUCTS = 3  # of each family
+PRODUCTS = 1  # of each family
 GOOD = 24  # pictures of a product that no reference knows; of photographs PHOTOGRAPHS
 PHOTOGRAPHS = 100
 

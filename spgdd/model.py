@@ -138,25 +138,26 @@ class SPGDD(nn.Module):
         if bank is None:
             return zero_shot_map(self.image_decoder(features.patches), self.anchors(product), self.shares)
         self.memory.require_scales(bank)
-        barred = None
+        barred, normals = None, bank.normals
         if without is not None:
             barred = bank.origin.to(self.device) == without.to(self.device)[:, None, None, None]  # (B, L, S, M)
+            normals -= 1
         words = None
         if self.comparison is not None:
             words = word_evidence(self.image_decoder(features.patches), self.anchors(product))
-        return self.few_shot_map(features.patches, words, bank.tokens[None], barred)
+        return self.few_shot_map(features.patches, words, bank.tokens[None], normals, barred)
 
     def few_shot_map(
-        self, patches: Tensor, words: Tensor | None, tokens: Tensor, barred: Tensor | None = None
+        self, patches: Tensor, words: Tensor | None, tokens: Tensor, normals: int, barred: Tensor | None = None
     ) -> Tensor:
-        """Map (B, 1, 224, 224) of patches (B, L, N, D) against G banks; see ``Memory.compare``.
+        """Map (B, 1, 224, 224) of patches (B, L, N, D) against G banks of ``normals`` images; see ``Memory.compare``.
 
         ``words`` (B, L, N) is ``word_evidence``, for the joined map alone.
         """
         fused = self.memory.fuse(self.memory.compare(patches, tokens, barred)[0])  # (B, N)
         if self.comparison is None:
             return enlarge(on_grid(fused)[:, None])
-        return probability(enlarge(on_grid(self.comparison(fused, words))[:, None]))
+        return probability(enlarge(on_grid(self.comparison(fused, words, normals))[:, None]))
 
     def prompt_tokens(
         self, anomaly_map: Tensor, features: ImageFeatures, bank: MemoryBank | None = None
@@ -245,7 +246,8 @@ class SPGDD(nn.Module):
             if count:
                 given = torch.stack([normals[row] for row in group]).to(self.device)  # (g, K, L, N, D)
                 tokens = self.memory.tokens(given)
-            maps.append(zero_shot[part] if tokens is None else self.few_shot_map(patches[part], words[part], tokens))
+            found = zero_shot[part] if tokens is None else self.few_shot_map(patches[part], words[part], tokens, count)
+            maps.append(found)
             banks.append((part, tokens))
         maps = torch.cat(maps)
         prompts = self._map_tokens(maps, patches)

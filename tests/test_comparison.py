@@ -44,6 +44,8 @@ def test_the_witnesses_log_odds_add_up():
     check("shares, untrained", comparison.shares(), torch.tensor([0.5, 0.5]), atol=1e-6)
     comparison.trust.data = torch.tensor([0.25, 0.75])
     check("log-odds", comparison(fused, words), torch.tensor([[3 + 2.5 + bias, 1.5 - 12.5 + bias]]), atol=1e-6)
+    comparison.doubling.data = torch.tensor([0.5])
+    check("eight normal images", comparison(fused, words, 8) - comparison(fused, words), torch.full((1, 2), 1.5))
     comparison.trust.data = torch.tensor([0.5, -0.1])  # a tap that is distrusted does not count backwards
     check("shares", comparison.shares(), torch.tensor([1.0, 0.0]), atol=1e-5)
 
@@ -54,16 +56,20 @@ def test_probabilities_keep_away_from_both_ends():
 
 
 def test_the_map_follows_its_definition_step_by_step(model):
-    features = encode(model, sorted(path.name for path in IMAGES.iterdir())[:3], fit="squash")
-    query, normals = features.patches[:2], features.patches[2:]
+    features = encode(model, sorted(path.name for path in IMAGES.iterdir())[:6], fit="squash")
+    query, normals = features.patches[:2], features.patches[2:]  # four normal images
     bank = model.build_bank(normals, "bottle")
     fused = model.memory.fuse(model.memory.compare(query, bank.tokens[None])[0])
     trust = model.comparison.trust[:, None]  # (L, 1)
     words = (trust * word_evidence(model.image_decoder(query), model.anchors("bottle")).clamp(-20, 20)).sum(1)
     logits = model.comparison.steepness * fused + words + model.comparison.bias
-    by_hand = probability(enlarge(logits.view(2, 1, 16, 16)))
-    features = type(features)(*(part[:2] for part in features))
-    check("few-shot map", model.anomaly_map(features, "bottle", bank), by_hand, atol=1e-5)
+    by_hand = probability(enlarge((logits + 2 * model.comparison.doubling).view(2, 1, 16, 16)))
+    pair = type(features)(*(part[:2] for part in features))
+    check("few-shot map", model.anomaly_map(pair, "bottle", bank), by_hand, atol=1e-5)
+    three = model.build_bank(normals[1:], "bottle")
+    first = type(features)(*(part[2:3] for part in features))
+    left_out = model.anomaly_map(first, "bottle", bank, without=torch.tensor([0]))
+    check("one left out", left_out, model.anomaly_map(first, "bottle", three), atol=1e-5)
 
 
 def test_anchors_of_before_training_are_not_used_after_it(model):
@@ -87,7 +93,7 @@ def test_anchors_of_before_training_are_not_used_after_it(model):
 def test_the_loss_has_all_parts_and_reaches_every_parameter(model):
     features, products, conversations, masks = training_inputs(model)
     model.zero_grad()
-    loss = model.training_loss(features, products, conversations, masks, [features.patches[1:], None])
+    loss = model.training_loss(features, products, conversations, masks, [features.patches.flip(1), None])
     assert set(loss.parts) == {"focal", "dice", "focal few", "dice few", "triplet", "matching"}
     check("total", loss.total, loss.language + sum(loss.parts.values()), atol=1e-5)
     loss.total.backward()

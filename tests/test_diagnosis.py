@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import check
 from fake_model import FakeModel, part
-from spgdd.calibration import Calibration, Limits
+from spgdd.calibration import ZERO_SHOT, Calibration, Limits
 from spgdd.diagnosis import Diagnoser, says_defective
 from spgdd.errors import ImageError, SpgddError
 from spgdd.loading import load_model
@@ -65,7 +65,8 @@ def test_verdict_and_regions_belong_together(monkeypatch, diagnoser, reference, 
 
 def test_without_normals_the_verdict_is_marked_as_not_calibrated(diagnoser):
     found = diagnoser.diagnose(part(marks=[(80, 80, 20, 20)]), product="plate")
-    assert found.threshold == 0.5 and found.verdict == "defective"
+    assert found.limits == ZERO_SHOT and found.verdict == "unsure"  # redness 190 / 255 is between 0.6 and 0.8
+    assert diagnoser.diagnose(part(), product="plate").verdict == "normal"
     assert found.to_dict()["calibration"] == "none" and found.normals == ()
     assert "not calibrated" in found._repr_html_()
 

@@ -4,13 +4,15 @@ python recipes/mini/settle.py --out runs/mini        # a minute on two CPU cores
 """
 
 import argparse
+from itertools import product
+from math import log2
 from pathlib import Path
 
 import torch
-from pool import TOWER_FAMILIES
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import roc_curve
-from talk import PICTURES, World, bare_model
+from scipy.special import logit
+from sklearn.linear_model import LogisticRegression
+from talk import GOOD, PICTURES, World, bare_model
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,22 +39,27 @@ def settled(maps: dict[str, Tensor], trained: tuple[int, ...], kept: tuple[int, 
         "comparison.trust": trust,
         "comparison.steepness": torch.tensor([STEEPNESS]),
         "comparison.bias": torch.tensor([MIDDLE]),
+        "comparison.doubling": torch.zeros(1),
     }
 
 
 @torch.no_grad()
-def balance(model, products: int) -> float:
-    """What to add to the bias, so that good and defective pictures part best at even odds, one good one known."""
-    world = World(model, products, 6, lambda known, rng: [], families=TOWER_FAMILIES)
-    scores, bad = [], []
-    for first in tqdm(range(0, len(world), PICTURES), desc="balance"):
-        name, rows = world.known[first]["product"], range(first + 1, first + PICTURES)
-        bank = model.build_bank(world.patches[[first]], name)
-        maps = model.anomaly_map(world.features([*rows]), name, bank)[:, 0].cpu().numpy()
-        scores += [assemble(one[None], model.profile.score_share)[0] for one in maps]
-        bad += [bool(world.known[row]["defects"]) for row in rows]
-    false, true, thresholds = roc_curve(bad, torch.tensor(scores).logit(1e-6))
-    return -float(thresholds[(true - false).argmax()])
+def even_odds(model, world: World) -> tuple[float, float]:
+    """Log-odds of the score at which a picture is as likely good as defective, and how they fall with each doubling.
+
+    By logistic regression; one to three good pictures of each product are known, one and the defective ones in doubt.
+    """
+    rows, bad = [], []
+    for first, known in tqdm([*product(range(0, len(world), PICTURES), range(1, GOOD))], desc="even odds"):
+        name, doubtful = world.known[first]["product"], range(first + GOOD - 1, first + PICTURES)
+        bank = model.build_bank(world.patches[first : first + known], name)
+        for found in model.anomaly_map(world.features([*doubtful]), name, bank).cpu().numpy():  # (1, 224, 224)
+            score = assemble(found, model.profile.score_share)[0]
+            rows.append((logit(score), log2(known)))
+        bad += [bool(world.known[row]["defects"]) for row in doubtful]
+    fitted = LogisticRegression(class_weight="balanced").fit(rows, bad)
+    slope, doubling = fitted.coef_[0]
+    return -float(fitted.intercept_[0] / slope), float(doubling / slope)
 
 
 def main() -> None:
@@ -63,8 +70,11 @@ def main() -> None:
     source, target = args.out / "stage1_maps.safetensors", args.out / "maps.safetensors"
     maps = settled(load_file(source), (1, 3, 5), get_profile("mini").scales)
     save_file(maps, target)
-    maps["comparison.bias"] += balance(bare_model(args.out), args.products)
-    print(f"bias {maps['comparison.bias'].item():.2f}")
+    model = bare_model(args.out)
+    middle, doubling = even_odds(model, World(model, args.products, 6, lambda known, rng: []))
+    maps["comparison.bias"] -= middle
+    maps["comparison.doubling"] += doubling
+    print(*(f"{name} {maps[f'comparison.{name}'].item():.2f}" for name in ("bias", "doubling")))
     save_file(maps, target)
 
 
