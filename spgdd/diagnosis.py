@@ -37,7 +37,7 @@ class Diagnosis:
     text: str
     yes: float  # how likely the text was to begin with Yes and not with No: the text's own doubt
     history: tuple[tuple[str, str], ...]  # earlier (question, answer) pairs of this conversation
-    score: float  # largest value of the model's map: with normals 0..2, 0 is just like them; without, 0..1
+    score: float  # mean of the highest values of the map: a probability, or in AnomalyGPT's mode a distance, 0..2
     verdict: str  # "normal", "defective" or "unsure"
     limits: Limits
     calibration: Calibration

@@ -1,6 +1,6 @@
 """Settle what stage 1 leaves open. Photographs chose it, and a generated world would choose otherwise (README.md).
 
-python recipes/mini/settle.py --out runs/mini        # a minute on two CPU cores
+python recipes/mini/settle.py --out runs/mini        # some minutes on two CPU cores
 """
 
 import argparse
