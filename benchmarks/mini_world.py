@@ -2,7 +2,7 @@
 
     python benchmarks/mini_world.py [THREADS]      # default 2; 8 pictures of each family, the best of 5 rounds
 
-Measured on two cores: 214 images/s with half of them good, 401 all good, 161 all damaged; the first
+Measured on two cores: 163 images/s with half of them good, 334 all good, 136 all damaged; the first
 picture, with the noise atlas, takes 1.0 s. Other work on the same cores costs more than its share.
 """
 
