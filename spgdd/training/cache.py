@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,7 +42,6 @@ from spgdd.tadd.synthesis import DEFAULT, Settings, synthesise
 BATCH = 32  # pictures that the vision tower takes at once
 RECIPE = 1  # number of how pictures become content; another one makes every file anew
 MASK_SHARE = 0.1  # a pixel of the square is defective if this share of it is (AnomalyGPT)
-DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}  # by the names in files
 STALE = 3600  # seconds after which an unfinished file is taken for one of a killed run
 
 
@@ -174,7 +174,7 @@ class FeatureCache:
             return _read(path)
         except FileNotFoundError:
             raise DataError(f"{picture.image} is not in the feature cache {self.folder}: fill it first.") from None
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (SafetensorError, KeyError) as error:
             raise DataError(f"{path} is damaged ({error}). Delete it and start again: it is made anew.") from error
 
 
@@ -187,24 +187,16 @@ def encode(model: SPGDD, seen: Sequence[Seen]) -> ImageFeatures:
 
 
 def _read(path: Path) -> Seen:
-    """A file: 8 bytes with the length of a JSON header, the header, tensors end to end.
+    """A file, read whole.
 
     Not through safetensors' memory map: its pages would be fetched one by one where they are first touched, and that
     is in the one thread that makes batches.
     """
-    with open(path, "rb", buffering=0) as file:
-        content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
-        there = file.readinto(content.numpy())
-    start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
-    header = json.loads(content.numpy()[8:start].tobytes())
-    about = [header[name] for name in ("mask", "embedding", "patches")]
-    size = start + max(one["data_offsets"][1] for one in about)
-    if not there == len(content) == size:
-        raise ValueError(f"{there} bytes in place of {size}")
-    mask, embedding, patches = (
-        content[start:][slice(*one["data_offsets"])].view(DTYPES[one["dtype"]]).view(one["shape"]) for one in about
-    )
-    return Seen(mask, json.loads(header["__metadata__"]["defects"]), None, embedding, patches)
+    content = path.read_bytes()
+    tensors = load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # ``load`` leaves the metadata out
+    defects = json.loads(header["__metadata__"]["defects"])
+    return Seen(tensors["mask"], defects, None, tensors["embedding"], tensors["patches"])
 
 
 def _write(path: Path, seen: Seen, embedding: Tensor, patches: Tensor) -> None:
