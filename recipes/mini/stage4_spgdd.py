@@ -18,7 +18,9 @@ from spgdd.tadd.words import conversation
 from spgdd.training.loop import train
 from spgdd.training.settings import load_settings
 
-MAPS = "image_decoder.", "memory.", "abnormal_prompts.", "comparison.steepness", "comparison.trust"
+MAPS = (
+    "image_decoder.", "memory.", "abnormal_prompts.", "comparison.steepness", "comparison.trust", "comparison.doubling",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     torch.manual_seed(4)
     model = bare_model(args.out, (Delta("pandagpt_delta.safetensors", LANGUAGE_PARTS, "stage 3"),))
     for name, parameter in model.named_parameters():
-        if name.startswith(MAPS):  # stage 1 has trained them longer
+        if name.startswith(MAPS):  # stage 1 has trained them longer, or settle.py has set them
             parameter.register_hook(torch.zeros_like)
     talk = partial(conversation, kinds=TRAIN_TYPES)
     pictures = World(model, args.products, 4, partial(talk, turns=args.turns), shots=(0, 1, 1, 2, 3), stray=0.3)

@@ -51,19 +51,16 @@ class World:
     def __init__(
         self, model: SPGDD, products: int, seed: int, talk: Callable[[dict, random.Random], list[dict]],
         shots: Sequence[int] = (0,), stray: float = 0.0, families: Sequence[str] = TRAIN_FAMILIES,
-        types: Sequence[str] = TRAIN_TYPES,
     ):  # fmt: skip
         self.talk, self.shots, self.stray, self.seed, self.known = talk, shots, stray, seed, []
         rng, parts = random.Random(f"world {seed}"), []
         turns = [families[number % len(families)] for number in range(products)]
         with tqdm(total=products * PICTURES, desc="world", unit="picture") as bar:
             for family in families:
-                kinds = [i for i in possible_types(family) if TYPES[i] in types]
-                left = turns.count(family)
-                while left > 0:
+                kinds = [i for i in possible_types(family) if TYPES[i] in TRAIN_TYPES]
+                for left in range(turns.count(family), 0, -AT_ONCE):
                     parts.append(self._draw(model, family, min(left, AT_ONCE), kinds, rng))
-                    left -= AT_ONCE
-                    bar.update(PICTURES * min(AT_ONCE, left + AT_ONCE))
+                    bar.update(PICTURES * min(left, AT_ONCE))
         self.embedding, self.patches, self.masks = map(torch.cat, zip(*parts, strict=True))
 
     @torch.no_grad()
@@ -73,12 +70,11 @@ class World:
         products, photos = ([rng.randrange(2**31) for _ in range(n)] for n in (count, count * PICTURES))
         products, photos, wanted = (torch.tensor(values, device=model.device) for values in (products, photos, wanted))
         shots = photograph(family, products.repeat_interleave(PICTURES), photos, wanted)
-        for number, found in enumerate(describe(family, "", shots)):
+        means = shots.images.float().mean((2, 3)).tolist()  # red, green and blue, 0 to 255
+        for number, (found, colours) in enumerate(zip(describe(family, "", shots), means, strict=True)):
             if number % PICTURES == 0:
                 name = rng.choice(words.names_of({"product": family.replace("_", " "), "family": family}))
-            self.known.append(found | {"product": name})
-        for found, colours in zip(self.known[-len(wanted):], shots.images.float().mean((2, 3)).tolist(), strict=True):
-            found["colours"] = colours  # mean red, green and blue, 0 to 255
+            self.known.append(found | {"product": name, "colours": colours})
         features = [model.encode(normalise(part)) for part in shots.images.split(64)]
         embedding, patches = map(torch.cat, zip(*features, strict=True))
         return [embedding.float(), patches.half(), shots.masks.any(1)]
