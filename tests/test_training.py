@@ -19,7 +19,7 @@ from conftest import ROOT
 from spgdd import cli
 from spgdd.errors import SpgddError
 from spgdd.training import checkpoint, prepare
-from spgdd.training.engine import LossScale
+from spgdd.training.engine import LossScale, aligned
 from spgdd.training.log import TrainingError
 from spgdd.training.loop import pace, train
 from spgdd.training.settings import Settings, load_settings
@@ -306,6 +306,15 @@ def test_every_mistake_in_the_files_is_told_at_once(tmp_path):
     (tmp_path / "both.json").write_text('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}')
     with pytest.raises(SpgddError, match="fp16 and bf16 are both enabled"):
         load_settings("paper", tmp_path / "both.json")
+
+
+def test_parameters_laid_end_to_end_start_where_kernels_may_read_them():
+    sizes = (1, 4096, 36, 1, 1000, 12, 3, 256)
+    start, order = 0, aligned({f"{n} {size}": torch.nn.Parameter(torch.zeros(size)) for n, size in enumerate(sizes)})
+    assert sorted(p.numel() for p in order.values()) == sorted(sizes)
+    for parameter in order.values():
+        assert start % (parameter.numel() & -parameter.numel()) == 0
+        start += parameter.numel()
 
 
 def test_a_deepspeed_file_sets_the_optimiser_for_both_engines(tmp_path):

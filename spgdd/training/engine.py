@@ -105,6 +105,14 @@ class Torch:
             self.optimiser.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
 
 
+def aligned(parameters: Parameters) -> Parameters:
+    """In the order in which each of them, laid end to end as ZeRO does, starts at a multiple of its own alignment.
+
+    Behind one of a single value all would start at odd places, where kernels on a GPU stop with "misaligned address".
+    """
+    return dict(sorted(parameters.items(), key=lambda item: -(item[1].numel() & -item[1].numel())))
+
+
 class DeepSpeed:
     """ZeRO stage 1, 2 or 3 over the processes that `deepspeed`, torchrun or mpirun started; alone without them."""
 
@@ -114,6 +122,7 @@ class DeepSpeed:
         except ImportError as error:
             raise SpgddError(f"DeepSpeed cannot be used ({error}): pip install 'spgdd[train]'.") from error
         start_processes()
+        parameters = aligned(parameters)
         self.parameters, self.scale = parameters, LossScale(half)
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         on_gpus = torch.distributed.get_backend() != "gloo"
