@@ -31,7 +31,7 @@ def main(folder: str, limit: int | None) -> None:
         for task in tasks:
             unmarked = [replace(picture, mask=None) for picture in task.queries]
             for batch in load_batches(unmarked, diagnoser.model.profile):
-                encode_views(diagnoser.model, [view for loaded in batch for view in loaded.views])
+                encode_views(diagnoser.model, [loaded.views for loaded in batch])
 
     encode()  # warms the file cache
     alone = clocks(encode)

@@ -27,7 +27,7 @@ def main(products: int) -> None:
     tasks = miniworld_tasks(products=products, limit=20, normals=100)
     few, many = (diagnoser.reference([p.source for p in tasks[0].normals[:count]], tasks[0].name) for count in (4, 100))
     (batch,) = load_batches(tasks[0].queries[:1], diagnoser.model.profile)
-    features = encode(diagnoser.model, batch[0].views)
+    features = encode(diagnoser.model, [batch[0].views])
     laps = {4: [], 100: []}
     with torch.inference_mode():
         for _ in range(60):  # in turns, so that other load hits both

@@ -20,7 +20,7 @@ from spgdd.errors import SpgddError
 
 ENOUGH = 2  # pictures expected above a threshold before it is an order statistic
 AREA = 0.01  # share of a normal picture that may lie above the outline of regions
-COPIES = ((12, 0.9, 1.1), (20, 1.1, 1.1), (20, 0.9, 0.9), (12, 1.1, 0.9))  # pixels cut off, brightness, contrast
+COPIES = ((12, 0.9, 1.1), (20, 1.1, 1.1), (20, 0.9, 0.9), (12, 1.1, 0.9))  # pixels of 224 cut off, brightness, contrast
 
 
 class Prior(NamedTuple):
@@ -106,6 +106,7 @@ def altered_copies(pixels: Tensor) -> list[Tensor]:
     """
     size, copies = pixels.shape[-1], []
     for number, (cut, brightness, contrast) in enumerate(COPIES):
+        cut = cut * size // 224
         top, left = (cut * place for place in divmod(number, 2))
         part = pixels[None, :, top : top + size - cut, left : left + size - cut].float()
         copy = F.interpolate(part, size=(size, size), mode="bicubic", align_corners=False)[0]

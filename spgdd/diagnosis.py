@@ -179,10 +179,10 @@ class Diagnoser:
         calibration = normals.calibration if normals else Calibration("none")
         limits = calibration.limits(false_alarm_rate)
         tiles = normals.tiles if normals else self.model.profile.tiles if tiles is None else tiles
-        placement = Placement(*picture.size, self.model.profile.fit, tiles)
+        placement = Placement.of(picture, self.model.profile, tiles)
 
         pixels = placement.views(picture)
-        features = encode(self.model, pixels)
+        features = encode(self.model, [pixels])
         whole = ImageFeatures(*(part[:1] for part in features))
         watch.lap("encode")
         bank = normals.bank if normals else None
@@ -236,7 +236,7 @@ def judge(
     """
     if not np.isfinite(corner_maps).all():
         raise SpgddError(f"{name}: the map is not finite; load with dtype=torch.float32.")
-    score, square_map = assemble(corner_maps, share)
+    score, square_map = assemble(corner_maps, share, placement.joint)
     verdict = "normal" if score < limits.low else "defective" if score > limits.high else "unsure"
     regions = ()
     if verdict != "normal":

@@ -13,7 +13,7 @@ from spgdd.tadd.words import PLACES
 
 SIZE, PATCH = 224, 14  # pixels of the model's square and of one patch
 GRID = SIZE // PATCH
-OVERLAP = 2 * PATCH  # pixels that neighbouring tiles share
+OVERLAP = 2 * PATCH  # pixels that neighbouring tiles share where each is encoded for itself
 SPECK = (PATCH // 2) ** 2  # pixels of the map; smaller regions are dropped
 
 
@@ -22,19 +22,26 @@ class Placement:
     """The square that ``spgdd.imagebind.preprocess.to_pixels`` makes of a picture of ``width`` x ``height``.
 
     fit "squash" sees all of it, "crop" only the centre. The square is seen whole and, where there are more
-    than one, in ``tiles`` x ``tiles`` tiles of the same number of pixels that overlap. Positions follow the
-    half-pixel convention: pixel i covers i to i + 1 and its centre is at i + 0.5.
+    than one, in ``tiles`` x ``tiles`` tiles of the same number of pixels that overlap; ``joint`` tiles do not, and
+    are views of one large square. Positions follow the half-pixel convention: pixel i covers i to i + 1 and its centre
+    is at i + 0.5.
     """
 
     width: int
     height: int
     fit: str
     tiles: int = 1
+    joint: bool = False
+
+    @classmethod
+    def of(cls, picture: Image.Image, profile, tiles: int) -> "Placement":
+        """As a profile (see ``spgdd.profiles``) sees a picture."""
+        return cls(*picture.size, profile.fit, tiles, 1 < tiles <= profile.joint)
 
     @property
     def side(self) -> int:
         """Pixels of a side of the map: that of the square, or of the tiles put together."""
-        return SIZE + (self.tiles - 1) * (SIZE - OVERLAP)
+        return SIZE + (self.tiles - 1) * (SIZE - (0 if self.joint else OVERLAP))
 
     @property
     def resized(self) -> tuple[int, int]:
@@ -56,7 +63,12 @@ class Placement:
             yield length, resized, round((resized - SIZE) / 2)
 
     def views(self, picture: Image.Image) -> list[torch.Tensor]:
-        """What the model sees of the picture: uint8 (3, 224, 224) of the square, then of each tile row by row."""
+        """What the model sees of the picture: uint8 (3, 224, 224) of the square, then of each tile row by row.
+
+        Joint tiles come as one: uint8 (3, S, S), S being ``side``.
+        """
+        if self.joint:
+            return [to_pixels(picture, self.fit, size) for size in (SIZE, self.side)]
         starts = [number * SIZE * (SIZE - OVERLAP) / self.side for number in range(self.tiles)]
         extent = SIZE**2 / self.side  # of a tile, in pixels of the square
         corners = [(x, y) for y in starts for x in starts] if self.tiles > 1 else []
@@ -128,7 +140,7 @@ def place_of(box: tuple[int, int, int, int], placement: Placement) -> str:
     return PLACES[3 * row + column]
 
 
-def assemble(corner_maps: np.ndarray, share: float = 0.0) -> tuple[float, np.ndarray]:
+def assemble(corner_maps: np.ndarray, share: float = 0.0, joint: bool = False) -> tuple[float, np.ndarray]:
     """Score and aligned map (M, M) of a picture from the model's maps (V, 224, 224) of its ``Placement.views``.
 
     A view's score is the mean of the highest ``share`` of its values, at least of one. Where there are tiles, the score
@@ -141,17 +153,17 @@ def assemble(corner_maps: np.ndarray, share: float = 0.0) -> tuple[float, np.nda
     whole, *tiles = map(align, corner_maps)
     if not tiles:
         return score, whole
-    joined = stitch(tiles)
+    joined = stitch(tiles, 0 if joint else OVERLAP)
     position = (np.arange(len(joined)) + 0.5) * SIZE / len(joined) - 0.5
     return (score + max(others)) / 2, (_interpolate(_interpolate(whole, position).T, position).T + joined) / 2
 
 
-def stitch(tiles: list[np.ndarray]) -> np.ndarray:
+def stitch(tiles: list[np.ndarray], overlap: int) -> np.ndarray:
     """Maps of n x n tiles, row by row -> one (M, M); where tiles overlap, one fades into the other."""
-    count, step = isqrt(len(tiles)), SIZE - OVERLAP
+    count, step = isqrt(len(tiles)), SIZE - overlap
     side = SIZE + (count - 1) * step
     total, weights = np.zeros((2, side, side), np.float32)
-    ramp = np.minimum(np.arange(1, SIZE + 1), OVERLAP).astype(np.float32)
+    ramp = np.minimum(np.arange(1, SIZE + 1), max(1, overlap)).astype(np.float32)
     ramp = np.minimum(ramp, ramp[::-1])
     fade = ramp * ramp[:, None]
     for number, tile in enumerate(tiles):

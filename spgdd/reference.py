@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from spgdd.calibration import AREA, Calibration, altered_copies
 from spgdd.errors import ImageError, WeightsError
-from spgdd.geometry import Placement, assemble
+from spgdd.geometry import SIZE, Placement, assemble
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise
 from spgdd.images import image_name, list_images, read_image
@@ -68,25 +69,26 @@ def build_reference(model, normals, product: str, budget: int | None = None, rot
         getattr(model.profile, name) if value is None else value
         for name, value in (("budget", budget), ("rotate", rotate), ("tiles", tiles))
     )
-    pictures = read_normals(normals, model.profile.fit, tiles)
+    pictures = read_normals(normals, model.profile, tiles)
     names, views = zip(*pictures.values(), strict=True)
     if new := [one for one in pictures if one not in known]:
-        pixels = torch.stack([view for one in new for view in pictures[one][1]])  # (K*V, 3, 224, 224)
-        found = encode(model, rotations(pixels) if rotate else pixels)  # of K*V*R rows, picture by picture
+        found = encode(model, [pictures[one][1] for one in new], rotate)  # of K*R*V rows, picture by picture
         known |= zip(new, map(ImageFeatures, *(part.chunk(len(new)) for part in found)), strict=True)
     features = ImageFeatures(*map(torch.cat, zip(*map(known.get, pictures), strict=True)))
     origin = torch.arange(len(names)).repeat_interleave(len(features.patches) // len(names))
     bank = model.build_bank(features.patches, product, rotate=rotate, budget=budget, origin=origin)
+    count = len(origin) // len(names) // (4 if rotate else 1)  # V
 
     if len(names) > 1:  # each against the others
         held_out = torch.linspace(0, len(names) - 1, min(len(names), HELD_OUT)).round().long()
-        rows = torch.arange(len(origin))[:: 4 if rotate else 1].view(len(names), -1)[held_out].flatten()  # P*V
+        rows = torch.arange(len(origin)).view(len(names), -1)[held_out, :count].flatten()  # P*V, not turned
         maps = view_maps(model, ImageFeatures(*(part[rows] for part in features)), product, bank, origin[rows])
     else:  # altered copies of the only one
         copies = zip(*(altered_copies(view) for view in views[0]), strict=True)
-        maps = view_maps(model, encode(model, [view for copy in copies for view in copy]), product, bank)
-    maps = maps.reshape(-1, len(views[0]), *maps.shape[1:])  # (P, V, 224, 224)
-    scores, square_maps = zip(*(assemble(one, model.profile.score_share) for one in maps), strict=True)
+        maps = view_maps(model, encode(model, list(copies)), product, bank)
+    maps = maps.reshape(-1, count, *maps.shape[1:])  # (P, V, 224, 224)
+    joint = len(views[0]) < count
+    scores, square_maps = zip(*(assemble(one, model.profile.score_share, joint) for one in maps), strict=True)
     calibration = Calibration(
         method="leave-one-out" if len(names) > 1 else "augmentations",
         pictures=min(len(names), HELD_OUT),
@@ -97,24 +99,45 @@ def build_reference(model, normals, product: str, budget: int | None = None, rot
     return Reference(product, names, bank, calibration, frozenset(pictures), tiles, fingerprint(model))
 
 
-def read_normals(normals, fit: str, tiles: int) -> dict[str, tuple[str, list[torch.Tensor]]]:
+def read_normals(normals, profile, tiles: int) -> dict[str, tuple[str, list[torch.Tensor]]]:
     """Name and views of each different picture, by the digest of its pixels; ImageError where there is none."""
     pictures = {}
     for item in normals if isinstance(normals, (list, tuple)) else [normals]:
         for source in list_images(item) if isinstance(item, (str, Path)) else [item]:
             picture = read_image(source)
-            views = Placement(*picture.size, fit, tiles).views(picture)
+            views = Placement.of(picture, profile, tiles).views(picture)
             pictures.setdefault(digest(views[0]), (image_name(source), views))
     if not pictures:
         raise ImageError("normals is empty: give a normal picture, or None to diagnose without any.")
     return pictures
 
 
-def encode(model, pixels: Sequence[torch.Tensor]) -> ImageFeatures:
-    """Features of uint8 pictures (3, 224, 224), in batches."""
-    starts = range(0, len(pixels), BATCH)
-    batches = [model.encode(normalise(torch.stack(list(pixels[i : i + BATCH])))) for i in starts]
-    return ImageFeatures(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+def encode(model, pictures: Sequence[Sequence[torch.Tensor]], rotate: bool = False) -> ImageFeatures:
+    """Features of B pictures' ``Placement.views``, V squares and tiles of each: B*V rows, picture by picture.
+
+    With ``rotate`` B*4*V rows: of a picture, then of the picture turned. Joint tiles are encoded as the large square
+    that they are parts of, and each gets the patches of its part.
+    """
+    embeddings, patches = [], []
+    for size in dict.fromkeys(view.shape[-1] for view in pictures[0]):
+        images = torch.stack([view for picture in pictures for view in picture if view.shape[-1] == size])
+        images, turns = (rotations(images), 4) if rotate else (images, 1)
+        batches = [model.encode(normalise(some)) for some in images.split(max(1, BATCH * SIZE**2 // size**2))]
+        embedding, tokens = map(torch.cat, zip(*batches, strict=True))
+        tiles = (size // SIZE) ** 2
+        tokens = in_tiles(tokens, size // SIZE)  # (B*v*R, tiles, L, N, D)
+        rows = len(pictures), -1, turns  # B, v, R
+        patches.append(tokens.unflatten(0, rows).transpose(1, 2).flatten(2, 3).flatten(0, 1))  # (B*R, v*tiles, L, N, D)
+        embedding = embedding[:, None].expand(-1, tiles, -1)
+        embeddings.append(embedding.unflatten(0, rows).transpose(1, 2).flatten(2, 3).flatten(0, 1))
+    return ImageFeatures(torch.cat(embeddings, 1).flatten(0, 1), torch.cat(patches, 1).flatten(0, 1))
+
+
+def in_tiles(patches: torch.Tensor, side: int) -> torch.Tensor:
+    """Patch tokens of large squares (B, L, N, D), row by row -> of the side x side tiles, (B, side**2, L, n, D)."""
+    grid = isqrt(patches.shape[2]) // side
+    tiles = patches.unflatten(2, (side, grid, side, grid))  # (B, L, side, G, side, G, D)
+    return tiles.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(1, 2)
 
 
 @torch.no_grad()
@@ -137,7 +160,7 @@ def digest(pixels: torch.Tensor) -> str:
 
 def fingerprint(model) -> str:
     """16 hex digits of the trained weights that maps are made with, the frozen vision tower's apart."""
-    total = hashlib.sha256(str(model.profile.score_share).encode())
+    total = hashlib.sha256(f"{model.profile.score_share} {model.profile.joint}".encode())
     for part in (model.memory, model.comparison, model.image_decoder, model.abnormal_prompts):
         for weights in part.parameters() if part is not None else ():
             total.update(weights.detach().float().cpu().numpy().tobytes())

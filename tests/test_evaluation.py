@@ -200,13 +200,13 @@ def test_folder_tasks(folder, tmp_path):
 
 def test_masks_lie_where_the_model_sees_the_defect(folder):
     (task,) = folder_tasks(folder)
-    loaded = load_picture(task.queries[-1], "squash")
+    loaded = load_picture(task.queries[-1], FakeModel("squash").profile)
     rows, columns = np.nonzero(loaded.coverage > 0.5)
     box = Placement(300, 150, "squash").box_to_picture(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert np.abs(np.array(box) - (230, 90, 270, 110)).max() <= 1
     assert loaded.coverage.mean() == pytest.approx(40 * 20 / (300 * 150), rel=0.01)
     assert loaded.places == ["right"] and place_of(box, Placement(300, 150, "squash")) == "right"
-    seen = load_picture(task.queries[-1], "crop").coverage  # the centre 150 x 150: the defect is outside
+    seen = load_picture(task.queries[-1], FakeModel("crop").profile).coverage  # the centre 150 x 150: the defect is outside
     assert seen.shape == (224, 224) and not seen.any()
 
 
@@ -249,7 +249,7 @@ def test_mini_world_is_the_same_on_every_call():
 
 
 def test_pictures_without_a_mask_have_no_place():
-    loaded = load_picture(Picture("x", part(), "scratch"), "squash")
+    loaded = load_picture(Picture("x", part(), "scratch"), FakeModel("squash").profile)
     assert loaded.coverage is None and loaded.places == []
 
 

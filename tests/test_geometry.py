@@ -9,7 +9,9 @@ from fake_model import FakeModel, part
 from spgdd.diagnosis import Diagnoser, load
 from spgdd.geometry import Placement, align, assemble, find_regions, place_of
 from spgdd.imagebind.preprocess import to_pixels
+from spgdd.reference import encode
 from spgdd.selfprompt.focuser import enlarge
+from spgdd.selfprompt.memory import on_grid
 
 
 @pytest.mark.parametrize("size", [(300, 600), (900, 400), (224, 224), (61, 50), (1000, 999)])
@@ -152,6 +154,27 @@ def test_tiles_cover_the_square_and_are_put_back_where_they_were(size, fit, tile
         inner = np.isfinite(returned) & (np.abs(columns / size[0] - 0.5) < 0.3)
         inner &= (np.abs(rows / size[1] - 0.5) < 0.3)[:, None]
         assert np.abs(returned - colours[..., axis])[inner].mean() < 4  # patches are 16 grey values apart, tiles 8
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 600)])
+@pytest.mark.parametrize("fit", ["squash", "crop"])
+def test_joint_tiles_are_parts_of_one_large_square(size, fit):
+    """As above; the tiles' patches are those of the square at twice the size, whose positions they keep."""
+    columns, rows = (np.arange(side) + 0.5 for side in size)
+    colours = np.zeros((size[1], size[0], 3))
+    colours[..., 0], colours[..., 1] = columns / size[0] * 255, rows[:, None] / size[1] * 255
+    picture, model = Image.fromarray(np.rint(colours).astype(np.uint8)), FakeModel(fit, tiles=2, joint=2)
+    placement = Placement.of(picture, model.profile, 2)
+    views = placement.views(picture)
+    assert [tuple(view.shape) for view in views] == [(3, 224, 224), (3, 448, 448)] and placement.side == 448
+    patches = encode(model, [views, views]).patches[5:, 0]  # of the second: (5, 256, 4)
+    assert model.encoded == 4 and len(patches) == 5
+    for axis in (0, 1):
+        square = assemble(enlarge(on_grid(patches[..., axis])[:, None])[:, 0].numpy() * 255, joint=True)[1]
+        returned = placement.to_picture(square)
+        inner = np.isfinite(returned) & (np.abs(columns / size[0] - 0.5) < 0.3)
+        inner &= (np.abs(rows / size[1] - 0.5) < 0.3)[:, None]
+        assert np.abs(returned - colours[..., axis])[inner].mean() < 2.5  # a large patch is 8 grey values from the next
 
 
 def test_score_is_the_mean_of_the_whole_views_highest_share_and_the_strangest_tiles():

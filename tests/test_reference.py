@@ -96,14 +96,18 @@ def test_limits_stay_possible_scores():
 # Reference
 
 
-@pytest.mark.parametrize("options", [{}, {"tiles": 2}, {"rotate": True}, {"budget": 300}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tiles": 2}, {"rotate": True}, {"budget": 300}, {"tiles": 2, "joint": 2, "rotate": True}]
+)
 def test_each_normal_is_scored_without_itself(options):
     """The scores of one pass equal those of memories built again without each picture."""
     normals = [part(seed=1), part(seed=2), part(seed=3, marks=[(80, 80, 20, 20)])]
-    model = FakeModel()
+    model = FakeModel(joint=options.pop("joint", 1))
     diagnoser = Diagnoser(model)
     scores = diagnoser.reference(normals, **options).calibration.scores
-    views = (5 if options.get("tiles") else 1) * (4 if options.get("rotate") else 1)
+    tiles = options.get("tiles", 1)
+    runs = 1 if tiles == 1 else 2 if tiles <= model.profile.joint else 1 + tiles**2  # of the tower, for one picture
+    views = runs * (4 if options.get("rotate") else 1)
     assert model.encoded == 3 * views
     assert len(scores) == 3 and scores[2] > 20 * max(scores[:2])  # the odd one is not in the memory that scores it
     if "budget" not in options:  # the few entries of a budget are chosen once
@@ -153,7 +157,7 @@ def test_rotated_normals_know_a_turned_part():
     marked = part(seed=1, marks=[(60, 60, 30, 30)])
     plain, rotated = (Diagnoser(FakeModel(rotate=rotate)).reference(marked) for rotate in (False, True))
     assert rotated.bank.rotate and rotated.bank.tokens.shape[2] == 4 * plain.bank.tokens.shape[2]
-    turned = encode(FakeModel(), [to_pixels(marked.transpose(Image.Transpose.ROTATE_90), "squash")]).patches[0, 0]
+    turned = encode(FakeModel(), [[to_pixels(marked.transpose(Image.Transpose.ROTATE_90), "squash")]]).patches[0, 0]
     assert torch.allclose(rotated.bank.tokens[0, 0, 256:512], turned, atol=2e-3)  # a grey value is 4e-3
     assert not torch.allclose(plain.bank.tokens[0, 0], turned, atol=2e-3)
 
@@ -238,17 +242,20 @@ def test_a_memory_of_another_model_is_refused_by_the_command(tmp_path, monkeypat
 
 
 def test_a_diagnosis_and_three_chat_turns_run_the_vision_tower_once_per_picture(tmp_path, mini, monkeypatch):
-    """With memory (from a file), focuser and language model; counted where the tower begins."""
+    """Once for the whole and once for its joint tiles, with memory (from a file), focuser and language model.
+
+    Counted where the tower begins.
+    """
     seen = []
     trunk = mini.model.imagebind.modality_trunks["vision"]
     monkeypatch.setattr(trunk, "forward", lambda *given, _run=trunk.forward: seen.append(len(given[0])) or _run(*given))
     normals = [part(seed=seed) for seed in (1, 2, 3)]
     reference = mini.reference(normals, "plate")
-    assert sum(seen) == 3
+    assert sum(seen) == 2 * 3
     known = mini.load_reference(reference.save(tmp_path / "plate.safetensors"))
-    assert mini.model.focus is not None and sum(seen) == 3
+    assert mini.model.focus is not None and sum(seen) == 2 * 3
     talk = mini.diagnose(part(seed=4, marks=[(80, 80, 20, 20)]), known, max_new_tokens=4)
     for question in ("Where is it?", "What is it?", "How large is it?"):
         talk = talk.ask(question, max_new_tokens=4)
     assert len(talk.history) == 3 and talk.anomaly_map.max() > 0 and talk._repr_html_()
-    assert sum(seen) == 4
+    assert sum(seen) == 2 * 4

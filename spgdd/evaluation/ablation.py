@@ -16,7 +16,7 @@ from spgdd.selfprompt import Comparison, Memory
 
 PARTS = ("comparison", "focus", "memory_tokens", "abnormal_prompts")  # modules that a model can do without
 NUMBERS = ("gates", "fusion")  # learned numbers of the memory that can be set back
-OPTIONS = ("rotate", "budget", "tiles", "score_share")  # fields of the profile
+OPTIONS = ("rotate", "budget", "tiles", "joint", "score_share")  # fields of the profile
 SWITCHES = (*PARTS, *NUMBERS, *OPTIONS, "scales", "delta")
 
 

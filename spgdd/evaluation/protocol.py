@@ -173,9 +173,8 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
     counts, pictures = {key: PixelCounts() for key in sets}, {key: [] for key in sets}
     for batch in load_batches(task.queries, model.profile):
-        views = [view for loaded in batch for view in loaded.views]
-        features = encode(model, views)  # of B*V rows
-        whole = ImageFeatures(*(part[:: len(views) // len(batch)] for part in features))
+        features = encode(model, [loaded.views for loaded in batch])  # of B*V rows
+        whole = ImageFeatures(*(part[:: len(part) // len(batch)] for part in features))
         for key, reference in sets.items():
             bank = reference.bank if reference else None
             maps = view_maps(model, features, task.name, bank)
@@ -230,7 +229,7 @@ def _ask(model, embedding: torch.Tensor, prompts: torch.Tensor, task: Task, reco
 @dataclass(frozen=True, eq=False)
 class Loaded:
     picture: Picture
-    views: list[torch.Tensor]  # V of uint8 (3, 224, 224)
+    views: list[torch.Tensor]  # see Placement.views
     placement: Placement
     coverage: np.ndarray | None  # float32 (M, M), share of each pixel of the map that is defective
     places: list[str]
@@ -240,15 +239,15 @@ def load_batches(pictures: Sequence[Picture], profile: Profile) -> Iterator[list
     """Decoded pictures in batches; while the caller works on one batch, the next is decoded."""
     with ThreadPoolExecutor() as pool:
         batches = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
-        decoding = ([pool.submit(load_picture, one, profile.fit, profile.tiles) for one in batch] for batch in batches)
+        decoding = ([pool.submit(load_picture, one, profile) for one in batch] for batch in batches)
         for futures in ahead(decoding):
             yield wait(futures)
 
 
-def load_picture(picture: Picture, fit: str, tiles: int = 1) -> Loaded:
+def load_picture(picture: Picture, profile: Profile) -> Loaded:
     """Decode a picture and its mask, and shrink the mask area by area to the frame of the map."""
     image = read_image(picture.source)
-    placement = Placement(*image.size, fit, tiles)
+    placement = Placement.of(image, profile, profile.tiles)
     coverage, places = None, list(picture.places)
     if picture.mask is not None:
         mask = read_mask(picture.mask) if isinstance(picture.mask, Path) else picture.mask  # (H, W)
