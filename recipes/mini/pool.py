@@ -44,12 +44,15 @@ class Pool:
     On a GPU they are drawn beside whatever the device is doing, and take their places when that is done.
     """
 
-    def __init__(self, groups: int, device, seed: int, families=TOWER_FAMILIES, types=TRAIN_TYPES, size: int = 224):
-        self.families, self.device, self.size = families, device, size
+    def __init__(
+        self, groups: int, device, seed: int, families=TOWER_FAMILIES, types=TRAIN_TYPES, size: int = 224,
+        disturb: float = 0.0,
+    ):  # fmt: skip
+        self.families, self.device, self.size, self.disturb, self.grid = families, device, size, disturb, size // 14
         self.generator = torch.Generator().manual_seed(seed)
         self.kinds = {name: torch.tensor([i for i in possible_types(name) if TYPES[i] in types]) for name in families}
         self.images = torch.zeros(groups, GROUP, 3, size, size, dtype=torch.uint8, device=device)
-        self.coverage = torch.zeros(groups, GROUP, 16, 16, dtype=torch.float16, device=device)
+        self.coverage = torch.zeros(groups, GROUP, self.grid, self.grid, dtype=torch.float16, device=device)
         self.types = torch.zeros(groups, GROUP, dtype=torch.long, device=device)
         self.single = torch.zeros(groups, GROUP, dtype=torch.bool, device=device)
         self.family = torch.zeros(groups, dtype=torch.long, device=device)
@@ -88,14 +91,20 @@ class Pool:
             kinds.flatten().to(self.device),
             self.size,
         )
-        coverage = F.avg_pool2d(shots.masks.any(1).float()[:, None], self.size // 16)[:, 0].half()  # (B, 16, 16)
+        coverage = F.avg_pool2d(shots.masks.any(1).float()[:, None], 14)[:, 0].half()
         return shots.images, coverage, shots.types, shots.masks.flatten(2).any(2).sum(1) == 1
 
-    def batch(self, groups: int) -> Batch:
-        """Groups at random: each turned and flipped as a whole, recoloured as a whole, disturbed one by one."""
+    def batch(self, groups: int, smaller: int = 1) -> Batch:
+        """Groups at random: each turned and flipped as a whole, recoloured as a whole, disturbed one by one.
+
+        The pictures are so many times ``smaller`` than they were drawn.
+        """
         pick = torch.randint(len(self.images), (groups,), device=self.device)
         x = self.images[pick].float() / 255
         coverage = self.coverage[pick].float()
+        if smaller > 1:
+            x = F.avg_pool2d(x.flatten(0, 1), smaller).unflatten(0, (groups, GROUP))
+            coverage = F.avg_pool2d(coverage, smaller)
         for axes, odds in (((-1, -2), 0.5), ((-1, None), 0.5), ((-2, None), 0.5)):
             flip = torch.rand(groups, device=self.device) < odds
             turn = (lambda t: t.transpose(-1, -2)) if axes[1] else (lambda t, a=axes[0]: t.flip(a))
@@ -113,6 +122,13 @@ class Pool:
         x = torch.where(dice(groups, 1) < 0.25, coarse, x)
         contrast = dice(groups, 1, low=0.6, high=1.3) * dice(groups, GROUP, low=0.95, high=1.05)
         x = (x - 0.5) * contrast + 0.5 + dice(groups, 1, low=-0.1, high=0.1) + dice(groups, GROUP, low=-0.03, high=0.03)
+        if self.disturb:
+            side = torch.linspace(-1, 1, x.shape[-1], device=self.device).expand(x.shape[-1], -1)
+            x = x.clamp(1e-3, 1).pow(1 + self.disturb * dice(groups, GROUP, low=-0.25, high=0.3))
+            slope = dice(groups, GROUP, low=-1) * side + dice(groups, GROUP, low=-1) * side.T
+            x = x * (1 + 0.25 * self.disturb * slope) + 0.05 * self.disturb * dice(groups, GROUP, low=-1)
+            soft = F.avg_pool2d(x.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(x)
+            x = x + (soft - x) * self.disturb * dice(groups, GROUP, low=-0.5, high=1)
         x = (x + torch.randn_like(x) * 0.03 * dice(groups, 1) ** 2).clamp(0, 1)
         area, across, down = measure(coverage).unbind(-1)
         cells = (across > 1 / 3).long() + (across > 2 / 3) + 3 * ((down > 1 / 3).long() + (down > 2 / 3))

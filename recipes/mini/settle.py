@@ -4,7 +4,6 @@ python recipes/mini/settle.py --out runs/mini        # some minutes on two CPU c
 """
 
 import argparse
-from itertools import product
 from math import log2
 from pathlib import Path
 
@@ -12,12 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
-from talk import GOOD, PICTURES, World, bare_model
+from talk import Diagnosed, bare_model
 from torch import Tensor
-from tqdm import tqdm
-
-from spgdd.geometry import assemble
-from spgdd.profiles import get_profile
 
 STEEPNESS = 16.0  # of the memory's distances
 MIDDLE = -8.0  # bias to begin with
@@ -27,14 +22,12 @@ SHRINK = 0.5  # exponent of the learned gates: half way to none
 NEVER = -20.0  # logit of what is fused without weight
 
 
-def settled(maps: dict[str, Tensor], trained: tuple[int, ...], kept: tuple[int, ...]) -> dict[str, Tensor]:
-    """Maps of stage 1 with the ``kept`` scales out of the ``trained`` ones, and the weights of taps and words."""
-    scales = [trained.index(scale) for scale in kept]
-    taps = len(maps["memory.gates"])
-    fusion, trust = torch.full((taps, len(kept)), NEVER), torch.zeros(taps)
+def settled(maps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Maps of stage 1, with the weights of taps and words."""
+    fusion, trust = torch.full_like(maps["memory.fusion"].float(), NEVER), torch.zeros(len(maps["memory.fusion"]))
     fusion[list(COMPARED)], trust[list(TRUSTED)] = 0.0, 1 / len(TRUSTED)
     return maps | {
-        "memory.gates": maps["memory.gates"][:, scales].float().clamp(min=0) ** SHRINK,
+        "memory.gates": maps["memory.gates"].float().clamp(min=0) ** SHRINK,
         "memory.fusion": fusion,
         "comparison.trust": trust,
         "comparison.steepness": torch.tensor([STEEPNESS]),
@@ -43,20 +36,14 @@ def settled(maps: dict[str, Tensor], trained: tuple[int, ...], kept: tuple[int, 
     }
 
 
-@torch.no_grad()
-def even_odds(model, world: World) -> tuple[float, float]:
+def even_odds(world: Diagnosed) -> tuple[float, float]:
     """Log-odds of the score at which a picture is as likely good as defective, and how they fall with each doubling.
 
-    By logistic regression; one to three good pictures of each product are known, one and the defective ones in doubt.
+    By logistic regression, over the numbers of good pictures that each picture was compared with.
     """
-    rows, bad = [], []
-    for first, known in tqdm([*product(range(0, len(world), PICTURES), range(1, GOOD))], desc="even odds"):
-        name, doubtful = world.known[first]["product"], range(first + GOOD - 1, first + PICTURES)
-        bank = model.build_bank(world.patches[first : first + known], name)
-        for found in model.anomaly_map(world.features([*doubtful]), name, bank).cpu().numpy():  # (1, 224, 224)
-            score = assemble(found, model.profile.score_share)[0]
-            rows.append((logit(score), log2(known)))
-        bad += [bool(world.known[row]["defects"]) for row in doubtful]
+    odds = logit(world.scores.double().cpu().numpy())
+    rows = [(odd, log2(len(chosen))) for odd, chosen in zip(odds, world.chosen, strict=True)]
+    bad = [bool(sample["defects"]) for sample in world.known]
     fitted = LogisticRegression(class_weight="balanced").fit(rows, bad)
     slope, doubling = fitted.coef_[0]
     return -float(fitted.intercept_[0] / slope), float(doubling / slope)
@@ -68,10 +55,10 @@ def main() -> None:
     parser.add_argument("--products", type=int, default=360)
     args = parser.parse_args()
     source, target = args.out / "stage1_maps.safetensors", args.out / "maps.safetensors"
-    maps = settled(load_file(source), (1, 3, 5), get_profile("mini").scales)
+    maps = settled(load_file(source))
     save_file(maps, target)
     model = bare_model(args.out)
-    middle, doubling = even_odds(model, World(model, args.products, 6, lambda known, rng: []))
+    middle, doubling = even_odds(Diagnosed(model, args.products, 6, lambda known, rng: [], shots=(1, 2, 3)))
     maps["comparison.bias"] -= middle
     maps["comparison.doubling"] += doubling
     print(*(f"{name} {maps[f'comparison.{name}'].item():.2f}" for name in ("bias", "doubling")))

@@ -1,6 +1,9 @@
 """Train the mini ImageBind, its patch decoder and its memory gates on the mini world.
 
-    python recipes/mini/stage1_imagebind.py --out runs/mini
+    python recipes/mini/stage1_imagebind.py --out runs/mini/first
+    python recipes/mini/stage1_imagebind.py --out runs/mini/a --start runs/mini/first --steps 5900 --lr 3e-4
+
+The second form goes on from a run, with pictures at twice the side in every other step: as joint tiles are encoded.
 
 Five losses share one forward pass of the vision tower:
   memory    the distance of a patch to the nearest patch of another photograph of the same product, gated and fused as
@@ -22,18 +25,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pool import TOWER_FAMILIES, TRAIN_TYPES, Pool
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from texts import CAPTIONS, NAMES, OTHERS, PHRASES, TextBank, build_tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spgdd.imagebind import MINI, ImageBind
+from spgdd.imagebind import MINI, ImageBind, TextTokenizer
 from spgdd.selfprompt import memory
 from spgdd.selfprompt.comparison import Comparison, word_evidence
 from spgdd.selfprompt.focuser import PatchDecoder
 from spgdd.selfprompt.memory import Memory
 
-SCALES = (1, 3, 5)
+SCALES = (1, 3)
 
 
 class Trainee(nn.Module):
@@ -119,7 +122,8 @@ def losses(model: Trainee, batch, bank: TextBank, few: bool) -> tuple[dict[str, 
     order = (inside + torch.rand(len(inside), device=device)).topk(8 * groups).indices  # defective ones first
     vectors = decoded[:, -2:].transpose(1, 2).flatten(0, 1)[order]  # (n, 2, J)
     vectors = F.normalize(vectors.float(), dim=-1)
-    kinds = torch.where(inside, batch.types.flatten().repeat_interleave(256) + 1, 0)[order][:, None].expand(-1, 2)
+    kinds = torch.where(inside, batch.types.flatten().repeat_interleave(covered.shape[-1]) + 1, 0)[order]
+    kinds = kinds[:, None].expand(-1, 2)
     out["dense"] = F.cross_entropy((vectors @ phrases.T * 20).flatten(0, 1), kinds.flatten())
 
     # contrast: captions; pictures that share family, type and place share their captions
@@ -196,6 +200,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=24, help="steps between drawings")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="folder of the run to go on from, at both sizes")
+    parser.add_argument("--disturb", type=float, default=0.0, help="how unlike the light of a product's pictures is")
     parser.add_argument("--families", type=int, default=len(TOWER_FAMILIES), help="use the first so many (ablation)")
     parser.add_argument("--types", type=int, default=len(TRAIN_TYPES), help="use the first so many (ablation)")
     parser.add_argument("--without", nargs="*", default=[], choices=WEIGHTS, help="leave losses out (ablation)")
@@ -205,12 +211,20 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    bank = TextBank(build_tokenizer(args.out / "text_tokenizer", MINI.vocab_size), device)
+    if args.start:
+        tokenizer = TextTokenizer.load(args.start / "text_tokenizer")
+    else:
+        tokenizer = build_tokenizer(args.out / "text_tokenizer", MINI.vocab_size)
+    bank = TextBank(tokenizer, device)
     model = Trainee().to(device)
+    if args.start:
+        model.imagebind.load_state_dict(load_file(args.start / "imagebind.safetensors"))
+        model.load_state_dict(load_file(args.start / "stage1_maps.safetensors"), strict=False)
     ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999**AVERAGED)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema)
     if device.type == "cuda":
-        model.imagebind.modality_trunks["vision"].compile()
+        memory.CHUNK = 2**27  # pictures of twice the side have four times the patches
+        model.imagebind.modality_trunks["vision"].compile(dynamic=False)
         memory.closest = torch.compile(memory.closest, dynamic=False)
     rate = torch.tensor(args.lr, device=device)
     optimiser = torch.optim.AdamW(
@@ -234,13 +248,18 @@ def main() -> None:
         start = saved["step"]
         print(f"going on after step {start}")
     started = time.perf_counter()
-    pool = Pool(args.pool, device, args.seed + start, TOWER_FAMILIES[: args.families], TRAIN_TYPES[: args.types])
+    times = 2 if args.start else 1  # the side of the pictures, in 224 pixels
+    pool = Pool(
+        args.pool // times**2, device, args.seed + start, TOWER_FAMILIES[: args.families], TRAIN_TYPES[: args.types],
+        224 * times, args.disturb,
+    )  # fmt: skip
+    renew = args.renew // times**2
     for _ in tqdm(range(args.pool // args.renew + 1), desc="first photographs"):
-        pool.renew(args.renew)
+        pool.renew(renew)
     print(f"pool filled in {time.perf_counter() - started:.0f} s")
 
-    def run(few: bool) -> dict[str, Tensor]:
-        batch = pool.batch(args.groups)
+    def run(few: bool, smaller: int) -> dict[str, Tensor]:
+        batch = pool.batch(args.groups * smaller**2 // times**2, smaller)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             parts, hits = losses(model, batch, bank, few)
             loss = sum(WEIGHTS[name] * value for name, value in parts.items() if name not in args.without)
@@ -257,7 +276,8 @@ def main() -> None:
         partial_file.replace(resumable)
 
     rate.fill_(0)  # what is recorded does not train yet
-    steps = [Step(partial(run, few), device) for few in (False, True)]
+    sizes = {1: ((False, 1), (True, 1)), 2: ((False, 2), (True, 1), (True, 2), (False, 1))}
+    steps = [Step(partial(run, *how), device) for how in sizes[times]]
     print(f"ready after {time.perf_counter() - started:.0f} s")
     started, log = time.perf_counter(), (args.out / "stage1.jsonl").open("a")
     bar = tqdm(range(start, args.steps), desc="stage 1", initial=start, total=args.steps, mininterval=5)
@@ -265,9 +285,9 @@ def main() -> None:
     for step in bar:
         warm, done = min(1, (step + 1) / 300), step / args.steps
         rate.fill_(args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))))
-        values = steps[step % 2]()
+        values = steps[step % len(steps)]()
         if step % args.every == 0:
-            pool.renew(args.renew)
+            pool.renew(renew)
         if step % AVERAGED == 0:
             average.update_parameters(model)
         if step % 50 == 0:
@@ -282,7 +302,7 @@ def main() -> None:
             keep(step + 1)
     keep(step + 1)
     state = average.module.state_dict()
-    print(f"{step + 1} steps, {(step + 1) * args.groups * 4:,} photographs shown")
+    print(f"{step + 1} steps")
     state = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
     prefix = "imagebind."
     save_file(

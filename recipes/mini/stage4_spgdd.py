@@ -1,4 +1,7 @@
-"""Train all that is SPGDD's own on the mini world, from stage 3 on: what notebook 05 does, longer.
+"""Train all that speaks of SPGDD's maps on the mini world, from stage 3 on: what notebook 05 does, longer.
+
+The maps are made beforehand, as a diagnosis makes them, of the whole picture and of its joint tiles. What makes them is
+not trained here: stage 1 has trained it longer, and settle.py has set the rest.
 
 python recipes/mini/stage4_spgdd.py --out runs/mini
 """
@@ -10,38 +13,39 @@ from pathlib import Path
 
 import torch
 from pool import TRAIN_TYPES
-from talk import World, bare_model
+from talk import Diagnosed, bare_model
 
+from spgdd.model import SPGDD, TrainingLoss
 from spgdd.profiles import LANGUAGE_PARTS, Delta
-from spgdd.tadd.miniworld import HELD_OUT_FAMILIES
 from spgdd.tadd.words import conversation
 from spgdd.training.loop import train
 from spgdd.training.settings import load_settings
 
-MAPS = (
-    "image_decoder.", "memory.", "abnormal_prompts.", "comparison.steepness", "comparison.trust", "comparison.doubling",
-)  # fmt: skip
+
+def language_loss(model: SPGDD, features, products, conversations, maps=None, normals=None, max_length=1024):
+    """In place of ``SPGDD.training_loss``: of given maps (B, 224, 224), where a trainer expects masks."""
+    entries = None if normals[0] is None else torch.stack(normals)[:, None, None].float()  # (B, 1, 1, M, D)
+    prompts = [model._map_tokens(maps[:, None], features.patches)]
+    prompts.append(model._memory_tokens(maps[:, None], features.patches, entries))
+    said = model.language.forward_loss(features.embedding, conversations, torch.cat(prompts, dim=1), max_length)
+    return TrainingLoss(said.loss, said.loss, {}, said.token_accuracy)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--products", type=int, default=4000, help="eight pictures of each, 4 MB")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--products", type=int, default=3000, help="eight pictures of each, 7 MB")
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3, help="questions of a conversation")
     args = parser.parse_args()
     torch.manual_seed(4)
     model = bare_model(args.out, (Delta("pandagpt_delta.safetensors", LANGUAGE_PARTS, "stage 3"),))
-    for name, parameter in model.named_parameters():
-        if name.startswith(MAPS):  # stage 1 has trained them longer, or settle.py has set them
-            parameter.register_hook(torch.zeros_like)
-    talk = partial(conversation, kinds=TRAIN_TYPES)
-    pictures = World(model, args.products, 4, partial(talk, turns=args.turns), shots=(0, 1, 1, 2, 3), stray=0.3)
-    first = partial(talk, turns=1, first=("verdict",))
-    unseen = World(model, 64, 5, first, shots=(1,), families=HELD_OUT_FAMILIES)
+    model.training_loss = partial(language_loss, model)
+    talk = partial(conversation, kinds=TRAIN_TYPES, turns=args.turns)
+    pictures = Diagnosed(model, args.products, 4, talk, shots=(0, 1, 1, 2, 3), stray=0.3)
     settings = load_settings(Path(__file__).with_name("language.yaml"), steps=args.steps, batch=args.batch)
-    train(model, pictures, settings, args.out / "stage4", held_out=unseen, resume=True)
+    train(model, pictures, settings, args.out / "stage4", resume=True)
     shutil.copyfile(args.out / "stage4" / "delta.safetensors", args.out / "delta.safetensors")
 
 

@@ -3,20 +3,27 @@
 import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import isqrt
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from pool import TRAIN_FAMILIES, TRAIN_TYPES
 from torch import Tensor
 from tqdm import tqdm
 
+from spgdd.geometry import GRID, PATCH, SIZE
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise
 from spgdd.loading import load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
+from spgdd.reference import encode
+from spgdd.selfprompt.comparison import word_evidence
+from spgdd.selfprompt.focuser import zero_shot_map
 from spgdd.tadd import words
 from spgdd.tadd.miniworld import TYPES, describe, photograph, possible_types
+from spgdd.tadd.miniworld.world import Photographs
 from spgdd.training.data import Batch
 from spgdd.weights.checkpoint import read_tensors
 from spgdd.weights.delta import apply_delta
@@ -41,31 +48,26 @@ def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
 class World:
     """Products drawn and encoded on the model's device, 0.6 MB a picture; stands in for ``TrainingData``.
 
-    What is said about a picture is made up anew in every epoch by ``talk``. An example gets one of the numbers
-    ``shots`` of good pictures, and with the chance ``stray`` the image vector of another one: then maps and tokens are
-    all that the answer can rest on.
+    What is said about a picture is made up anew in every epoch by ``talk``.
     """
 
     cache = None  # there are no files
 
-    def __init__(
-        self, model: SPGDD, products: int, seed: int, talk: Callable[[dict, random.Random], list[dict]],
-        shots: Sequence[int] = (0,), stray: float = 0.0, families: Sequence[str] = TRAIN_FAMILIES,
-    ):  # fmt: skip
-        self.talk, self.shots, self.stray, self.seed, self.known = talk, shots, stray, seed, []
+    def __init__(self, model: SPGDD, products: int, seed: int, talk: Callable[[dict, random.Random], list[dict]]):
+        self.talk, self.seed, self.known = talk, seed, []
         rng, parts = random.Random(f"world {seed}"), []
-        turns = [families[number % len(families)] for number in range(products)]
+        turns = [TRAIN_FAMILIES[number % len(TRAIN_FAMILIES)] for number in range(products)]
         with tqdm(total=products * PICTURES, desc="world", unit="picture") as bar:
-            for family in families:
+            for family in TRAIN_FAMILIES:
                 kinds = [i for i in possible_types(family) if TYPES[i] in TRAIN_TYPES]
                 for left in range(turns.count(family), 0, -AT_ONCE):
-                    parts.append(self._draw(model, family, min(left, AT_ONCE), kinds, rng))
+                    shots = self._draw(model, family, min(left, AT_ONCE), kinds, rng)
+                    parts.append(self._look(model, shots, rng))
                     bar.update(PICTURES * min(left, AT_ONCE))
-        self.embedding, self.patches, self.masks = map(torch.cat, zip(*parts, strict=True))
+        self.embedding, self.patches, *self.more = map(torch.cat, zip(*parts, strict=True))
 
     @torch.no_grad()
-    def _draw(self, model: SPGDD, family: str, count: int, kinds: list[int], rng: random.Random) -> list[Tensor]:
-        """Embeddings, patches (B, L, N, D) float16 and masks (B, 224, 224) of ``count`` products."""
+    def _draw(self, model: SPGDD, family: str, count: int, kinds: list[int], rng: random.Random) -> Photographs:
         wanted = [kind for _ in range(count) for kind in (*[-1] * GOOD, *rng.choices(kinds, k=PICTURES - GOOD))]
         products, photos = ([rng.randrange(2**31) for _ in range(n)] for n in (count, count * PICTURES))
         products, photos, wanted = (torch.tensor(values, device=model.device) for values in (products, photos, wanted))
@@ -75,12 +77,14 @@ class World:
             if number % PICTURES == 0:
                 name = rng.choice(words.names_of({"product": family.replace("_", " "), "family": family}))
             self.known.append(found | {"product": name, "colours": colours})
+        return shots
+
+    @torch.no_grad()
+    def _look(self, model: SPGDD, shots: Photographs, rng: random.Random) -> list[Tensor]:
+        """What is kept of the last pictures: embeddings (B, J) and patches (B, L, N, D) float16."""
         features = [model.encode(normalise(part)) for part in shots.images.split(64)]
         embedding, patches = map(torch.cat, zip(*features, strict=True))
-        return [embedding.float(), patches.half(), shots.masks.any(1)]
-
-    def features(self, rows: Sequence[int]) -> ImageFeatures:
-        return ImageFeatures(self.embedding[rows], self.patches[rows].float())
+        return [embedding.float(), patches.half()]
 
     def __len__(self) -> int:
         return len(self.known)
@@ -91,16 +95,90 @@ class World:
 
     def batches(self, plan: Iterable[Sequence[int]], epoch: int) -> Iterator[Batch]:
         for rows in plan:
-            talks, normals, seen = [], [], []
-            for row in rows:
-                rng = random.Random(f"{self.seed} {epoch} {row}")
-                talks.append(self.talk(self.known[row], rng))
-                first = row - row % PICTURES
-                others = [other for other in range(first, first + GOOD) if other != row]
-                chosen = rng.sample(others, min(rng.choice(self.shots), len(others)))
-                normals.append(self.patches[chosen] if chosen else None)
-                seen.append(rng.randrange(len(self)) if rng.random() < self.stray else row)
-            products = [self.known[row]["product"] for row in rows]
-            features = ImageFeatures(self.embedding[seen], self.patches[rows])
-            keys, normals = [f"picture {row}" for row in rows], normals if any(self.shots) else None
-            yield Batch(keys, features, products, talks, self.masks[rows].float(), normals)
+            yield self._batch(rows, [random.Random(f"{self.seed} {epoch} {row}") for row in rows])
+
+    def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
+        talks = [self.talk(self.known[row], rng) for row, rng in zip(rows, rngs, strict=True)]
+        products = [self.known[row]["product"] for row in rows]
+        features = ImageFeatures(self.embedding[rows], self.patches[rows])
+        return Batch([f"picture {row}" for row in rows], features, products, talks, None, None)
+
+
+class Diagnosed(World):
+    """A world whose pictures have been diagnosed: with their scores, and in place of masks the maps that are shown.
+
+    Each picture is compared once and for all with one of the numbers ``shots`` of good pictures. A batch has pictures
+    of one such number, and of their good pictures what the memory tokens are made of: the last tap's entries (M, D).
+    With the chance ``stray`` an example gets the image vector of another one: then maps and tokens are all that the
+    answer can rest on.
+    """
+
+    def __init__(self, *args, shots: Sequence[int], stray: float = 0.0):
+        self.shots, self.stray = shots, stray
+        self.chosen, self.entries, self.scores = [], [], []
+        super().__init__(*args)
+        self.entries, self.scores = torch.cat(self.entries), torch.cat(self.scores)
+
+    @torch.no_grad()
+    def _look(self, model: SPGDD, shots: Photographs, rng: random.Random) -> list[Tensor]:
+        """As of any world, and the maps (B, 224, 224) float16."""
+        first = len(self.known) - len(shots.images)
+        size = model.profile.tiles * shots.images.shape[-1]
+        large = F.interpolate(shots.images.float(), size=(size, size), mode="bicubic", align_corners=False)
+        large = large.round_().clamp_(0, 255).byte()
+        embedding, patches = encode(model, list(zip(shots.images, large, strict=True)))
+        views = len(patches) // len(large)
+        patches = patches.unflatten(0, (-1, views))  # (B, V, L, N, D)
+        maps = []
+        for row, own in enumerate(patches):
+            others = [r for r in range(row - row % PICTURES, row - row % PICTURES + GOOD) if r != row]
+            chosen = rng.sample(others, rng.choice(self.shots))
+            self.chosen.append([first + other for other in chosen])
+            name, decoded = self.known[first + row]["product"], model.image_decoder(own)
+            if chosen:
+                tokens = model.memory.tokens(patches[chosen].flatten(0, 1))[None]
+                words = word_evidence(decoded, model.anchors(name))
+                maps.append(model.few_shot_map(own, words, tokens, len(chosen))[:, 0])
+            else:
+                maps.append(zero_shot_map(decoded, model.anchors(name), model.shares)[:, 0])
+        maps = torch.stack(maps)  # (B, V, 224, 224)
+        best = maps.flatten(2).topk(round(model.profile.score_share * SIZE**2)).values.mean(2)  # as in assemble
+        self.scores.append((best[:, 0] + best[:, 1:].amax(1)) / 2)
+        self.entries.append(patches[:, :, -1].flatten(1, 2).half())  # (B, V*N, D)
+        return [embedding[::views].float(), patches[:, 0].half(), shown(maps).half()]
+
+    def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
+        rng, plan = random.Random(f"order {seed} {epoch}"), []
+        for count in sorted(set(self.shots)):
+            rows = [row for row in range(len(self)) if len(self.chosen[row]) == count]
+            rng.shuffle(rows)
+            plan += [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
+        rng.shuffle(plan)
+        return plan
+
+    def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
+        batch, maps = super()._batch(rows, rngs), self.more[0]
+        seen = [rng.randrange(len(self)) if rng.random() < self.stray else row
+                for row, rng in zip(rows, rngs, strict=True)]  # fmt: skip
+        features = batch.features._replace(embedding=self.embedding[seen])
+        normals = [self.entries[self.chosen[row]].flatten(0, 1) if self.chosen[row] else None for row in rows]
+        return dataclasses.replace(batch, features=features, masks=maps[rows].float(), normals=normals)
+
+
+def shown(maps: Tensor) -> Tensor:
+    """``spgdd.diagnosis.prompt_map`` of maps (B, V, 224, 224) of wholes and joint tiles: (B, 224, 224)."""
+    side = isqrt(maps.shape[1])
+    places = torch.arange(SIZE)
+    inner = lines((places - (PATCH - 1) / 2) / PATCH * (SIZE - 1) / (GRID - 1)).to(maps.device)
+    outer = lines((torch.arange(side * SIZE) + 0.5) / side - 0.5).to(maps.device)
+    maps = inner @ maps @ inner.T
+    tiles = maps[:, 1:].unflatten(1, (side, side)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # (B, n*S, n*S)
+    return F.max_pool2d(((outer @ maps[:, 0] @ outer.T + tiles) / 2)[:, None], side)[:, 0]
+
+
+def lines(position: Tensor) -> Tensor:
+    """Matrix (P, 224) that reads 224 values at fractional places (P,)."""
+    position = position.clamp(0, SIZE - 1)
+    low = position.long().clamp(max=SIZE - 2)
+    share = (position - low)[:, None]
+    return F.one_hot(low, SIZE) * (1 - share) + F.one_hot(low + 1, SIZE) * share
