@@ -106,7 +106,6 @@ _ALL = (
         ),
         lora_rank=32,
         **FULL | {"scales": (1, 3)},  # the third one brought nothing there
-        tiles=2,
         joint=2,
         prompt_channels=(4, 16, 32, 64, 128),
         fit="squash",

@@ -206,7 +206,7 @@ def test_masks_lie_where_the_model_sees_the_defect(folder):
     assert np.abs(np.array(box) - (230, 90, 270, 110)).max() <= 1
     assert loaded.coverage.mean() == pytest.approx(40 * 20 / (300 * 150), rel=0.01)
     assert loaded.places == ["right"] and place_of(box, Placement(300, 150, "squash")) == "right"
-    seen = load_picture(task.queries[-1], FakeModel("crop").profile).coverage  # the centre 150 x 150: the defect is outside
+    seen = load_picture(task.queries[-1], FakeModel("crop").profile).coverage  # the defect is outside of the centre
     assert seen.shape == (224, 224) and not seen.any()
 
 

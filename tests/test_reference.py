@@ -242,20 +242,17 @@ def test_a_memory_of_another_model_is_refused_by_the_command(tmp_path, monkeypat
 
 
 def test_a_diagnosis_and_three_chat_turns_run_the_vision_tower_once_per_picture(tmp_path, mini, monkeypatch):
-    """Once for the whole and once for its joint tiles, with memory (from a file), focuser and language model.
-
-    Counted where the tower begins.
-    """
+    """With memory (from a file), focuser and language model; counted where the tower begins."""
     seen = []
     trunk = mini.model.imagebind.modality_trunks["vision"]
     monkeypatch.setattr(trunk, "forward", lambda *given, _run=trunk.forward: seen.append(len(given[0])) or _run(*given))
     normals = [part(seed=seed) for seed in (1, 2, 3)]
     reference = mini.reference(normals, "plate")
-    assert sum(seen) == 2 * 3
+    assert sum(seen) == 3
     known = mini.load_reference(reference.save(tmp_path / "plate.safetensors"))
-    assert mini.model.focus is not None and sum(seen) == 2 * 3
+    assert mini.model.focus is not None and sum(seen) == 3
     talk = mini.diagnose(part(seed=4, marks=[(80, 80, 20, 20)]), known, max_new_tokens=4)
     for question in ("Where is it?", "What is it?", "How large is it?"):
         talk = talk.ask(question, max_new_tokens=4)
     assert len(talk.history) == 3 and talk.anomaly_map.max() > 0 and talk._repr_html_()
-    assert sum(seen) == 2 * 4
+    assert sum(seen) == 4

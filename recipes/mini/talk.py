@@ -123,7 +123,7 @@ class Diagnosed(World):
     def _look(self, model: SPGDD, shots: Photographs, rng: random.Random) -> list[Tensor]:
         """As of any world, and the maps (B, 224, 224) float16."""
         first = len(self.known) - len(shots.images)
-        size = model.profile.tiles * shots.images.shape[-1]
+        size = model.profile.joint * shots.images.shape[-1]
         large = F.interpolate(shots.images.float(), size=(size, size), mode="bicubic", align_corners=False)
         large = large.round_().clamp_(0, 255).byte()
         embedding, patches = encode(model, list(zip(shots.images, large, strict=True)))
