@@ -17,6 +17,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from spgdd.errors import SpgddError
+from spgdd.geometry import SIZE
 
 ENOUGH = 2  # pictures expected above a threshold before it is an order statistic
 AREA = 0.01  # share of a normal picture that may lie above the outline of regions
@@ -106,7 +107,7 @@ def altered_copies(pixels: Tensor) -> list[Tensor]:
     """
     size, copies = pixels.shape[-1], []
     for number, (cut, brightness, contrast) in enumerate(COPIES):
-        cut = cut * size // 224
+        cut = cut * size // SIZE
         top, left = (cut * place for place in divmod(number, 2))
         part = pixels[None, :, top : top + size - cut, left : left + size - cut].float()
         copy = F.interpolate(part, size=(size, size), mode="bicubic", align_corners=False)[0]

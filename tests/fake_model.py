@@ -28,7 +28,7 @@ def part(size=(300, 300), marks=(), seed=0):
 
 class FakeModel:
     def __init__(self, fit="squash", **profile):
-        plain = {"name": "fake", "fit": fit, "comparison": False, "score_share": 0.0, "tiles": 1, "joint": 1}
+        plain = {"name": "fake", "fit": fit, "comparison": False, "score_share": 0.0, "joint": 1}
         self.profile = replace(get_profile("mini"), **plain | profile)
         self.standins = ()
         self.memory = Memory(taps=1, width=4)

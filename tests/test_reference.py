@@ -97,16 +97,17 @@ def test_limits_stay_possible_scores():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tiles": 2}, {"rotate": True}, {"budget": 300}, {"tiles": 2, "joint": 2, "rotate": True}]
+    ("options", "joint"),
+    [({}, 1), ({"tiles": 2}, 1), ({"rotate": True}, 1), ({"budget": 300}, 1), ({"tiles": 2, "rotate": True}, 2)],
 )
-def test_each_normal_is_scored_without_itself(options):
+def test_each_normal_is_scored_without_itself(options, joint):
     """The scores of one pass equal those of memories built again without each picture."""
     normals = [part(seed=1), part(seed=2), part(seed=3, marks=[(80, 80, 20, 20)])]
-    model = FakeModel(joint=options.pop("joint", 1))
+    model = FakeModel(joint=joint)
     diagnoser = Diagnoser(model)
     scores = diagnoser.reference(normals, **options).calibration.scores
     tiles = options.get("tiles", 1)
-    runs = 1 if tiles == 1 else 2 if tiles <= model.profile.joint else 1 + tiles**2  # of the tower, for one picture
+    runs = 1 if tiles == 1 else 2 if tiles <= joint else 1 + tiles**2  # of the tower, for one picture
     views = runs * (4 if options.get("rotate") else 1)
     assert model.encoded == 3 * views
     assert len(scores) == 3 and scores[2] > 20 * max(scores[:2])  # the odd one is not in the memory that scores it

@@ -41,7 +41,7 @@ def even_odds(world: Diagnosed) -> tuple[float, float]:
 
     By logistic regression, over the numbers of good pictures that each picture was compared with.
     """
-    odds = logit(world.scores.double().cpu().numpy())
+    odds = logit(world.scores)
     rows = [(odd, log2(len(chosen))) for odd, chosen in zip(odds, world.chosen, strict=True)]
     bad = [bool(sample["defects"]) for sample in world.known]
     fitted = LogisticRegression(class_weight="balanced").fit(rows, bad)

@@ -211,15 +211,14 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
 
+    model = Trainee().to(device)
     if args.start:
         tokenizer = TextTokenizer.load(args.start / "text_tokenizer")
+        model.imagebind.load_state_dict(load_file(args.start / "imagebind.safetensors"))
+        model.load_state_dict(load_file(args.start / "stage1_maps.safetensors"), strict=False)
     else:
         tokenizer = build_tokenizer(args.out / "text_tokenizer", MINI.vocab_size)
     bank = TextBank(tokenizer, device)
-    model = Trainee().to(device)
-    if args.start:
-        model.imagebind.load_state_dict(load_file(args.start / "imagebind.safetensors"))
-        model.load_state_dict(load_file(args.start / "stage1_maps.safetensors"), strict=False)
     ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999**AVERAGED)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema)
     if device.type == "cuda":

@@ -3,7 +3,8 @@
 import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import isqrt
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,15 +13,14 @@ from pool import TRAIN_FAMILIES, TRAIN_TYPES
 from torch import Tensor
 from tqdm import tqdm
 
-from spgdd.geometry import GRID, PATCH, SIZE
+from spgdd.diagnosis import prompt_map
+from spgdd.geometry import assemble
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise
 from spgdd.loading import load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
-from spgdd.reference import encode
-from spgdd.selfprompt.comparison import word_evidence
-from spgdd.selfprompt.focuser import zero_shot_map
+from spgdd.reference import encode, view_maps
 from spgdd.tadd import words
 from spgdd.tadd.miniworld import TYPES, describe, photograph, possible_types
 from spgdd.tadd.miniworld.world import Photographs
@@ -117,7 +117,7 @@ class Diagnosed(World):
         self.shots, self.stray = shots, stray
         self.chosen, self.entries, self.scores = [], [], []
         super().__init__(*args)
-        self.entries, self.scores = torch.cat(self.entries), torch.cat(self.scores)
+        self.entries = torch.cat(self.entries)
 
     @torch.no_grad()
     def _look(self, model: SPGDD, shots: Photographs, rng: random.Random) -> list[Tensor]:
@@ -128,24 +128,24 @@ class Diagnosed(World):
         large = large.round_().clamp_(0, 255).byte()
         embedding, patches = encode(model, list(zip(shots.images, large, strict=True)))
         views = len(patches) // len(large)
-        patches = patches.unflatten(0, (-1, views))  # (B, V, L, N, D)
-        maps = []
-        for row, own in enumerate(patches):
+        embedding, patches = (part.unflatten(0, (-1, views)) for part in (embedding, patches))  # (B, V, ...)
+        corner_maps = []
+        for row, own in enumerate(zip(embedding, patches, strict=True)):
             others = [r for r in range(row - row % PICTURES, row - row % PICTURES + GOOD) if r != row]
             chosen = rng.sample(others, rng.choice(self.shots))
             self.chosen.append([first + other for other in chosen])
-            name, decoded = self.known[first + row]["product"], model.image_decoder(own)
+            name, bank = self.known[first + row]["product"], None
             if chosen:
-                tokens = model.memory.tokens(patches[chosen].flatten(0, 1))[None]
-                words = word_evidence(decoded, model.anchors(name))
-                maps.append(model.few_shot_map(own, words, tokens, len(chosen))[:, 0])
-            else:
-                maps.append(zero_shot_map(decoded, model.anchors(name), model.shares)[:, 0])
-        maps = torch.stack(maps)  # (B, V, 224, 224)
-        best = maps.flatten(2).topk(round(model.profile.score_share * SIZE**2)).values.mean(2)  # as in assemble
-        self.scores.append((best[:, 0] + best[:, 1:].amax(1)) / 2)
+                origin = torch.arange(len(chosen)).repeat_interleave(views)
+                bank = model.build_bank(patches[chosen].flatten(0, 1), name, origin=origin)
+            corner_maps.append(view_maps(model, ImageFeatures(*own), name, bank))  # (V, 224, 224)
+        with ThreadPoolExecutor() as pool:
+            found = [*pool.map(partial(assemble, share=model.profile.score_share, joint=True), corner_maps)]
+        scores, square_maps = zip(*found, strict=True)
+        self.scores += scores
         self.entries.append(patches[:, :, -1].flatten(1, 2).half())  # (B, V*N, D)
-        return [embedding[::views].float(), patches[:, 0].half(), shown(maps).half()]
+        shown = torch.cat([*map(prompt_map, corner_maps, square_maps)])[:, 0]
+        return [embedding[:, 0].float(), patches[:, 0].half(), shown.to(embedding.device).half()]
 
     def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
         rng, plan = random.Random(f"order {seed} {epoch}"), []
@@ -163,22 +163,3 @@ class Diagnosed(World):
         features = batch.features._replace(embedding=self.embedding[seen])
         normals = [self.entries[self.chosen[row]].flatten(0, 1) if self.chosen[row] else None for row in rows]
         return dataclasses.replace(batch, features=features, masks=maps[rows].float(), normals=normals)
-
-
-def shown(maps: Tensor) -> Tensor:
-    """``spgdd.diagnosis.prompt_map`` of maps (B, V, 224, 224) of wholes and joint tiles: (B, 224, 224)."""
-    side = isqrt(maps.shape[1])
-    places = torch.arange(SIZE)
-    inner = lines((places - (PATCH - 1) / 2) / PATCH * (SIZE - 1) / (GRID - 1)).to(maps.device)
-    outer = lines((torch.arange(side * SIZE) + 0.5) / side - 0.5).to(maps.device)
-    maps = inner @ maps @ inner.T
-    tiles = maps[:, 1:].unflatten(1, (side, side)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # (B, n*S, n*S)
-    return F.max_pool2d(((outer @ maps[:, 0] @ outer.T + tiles) / 2)[:, None], side)[:, 0]
-
-
-def lines(position: Tensor) -> Tensor:
-    """Matrix (P, 224) that reads 224 values at fractional places (P,)."""
-    position = position.clamp(0, SIZE - 1)
-    low = position.long().clamp(max=SIZE - 2)
-    share = (position - low)[:, None]
-    return F.one_hot(low, SIZE) * (1 - share) + F.one_hot(low + 1, SIZE) * share
