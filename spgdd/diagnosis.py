@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from spgdd.calibration import Calibration, Limits
 from spgdd.errors import SpgddError
 from spgdd.geometry import Placement, Region, assemble, find_regions
-from spgdd.imagebind import ImageFeatures
 from spgdd.images import image_name, read_image
 from spgdd.language import Answer
-from spgdd.reference import Reference, build_reference, digest, encode, load_reference, view_maps
+from spgdd.reference import Reference, as_told, build_reference, digest, encode, load_reference, view_maps
 from spgdd.report import card, preview, save_report
 from spgdd.tadd.words import default_question
 
@@ -183,7 +182,7 @@ class Diagnoser:
 
         pixels = placement.views(picture)
         features = encode(self.model, [pixels])
-        whole = ImageFeatures(*(part[:1] for part in features))
+        told = as_told(features, len(features.patches), placement.joint)
         watch.lap("encode")
         bank = normals.bank if normals else None
         maps = view_maps(self.model, features, product, bank)
@@ -192,11 +191,11 @@ class Diagnoser:
         )
         watch.lap("map")
 
-        shown = prompt_map(maps, square_map).to(whole.embedding.device)
-        prompt_tokens = self.model.prompt_tokens(shown, whole, bank)  # (1, P, H)
+        shown = prompt_map(maps, square_map).to(told.embedding.device)
+        prompt_tokens = self.model.prompt_tokens(shown, told, bank)  # (1, P, H)
 
         def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int) -> Answer:
-            return self.model.language.generate(whole.embedding, question, history, prompt_tokens, max_new_tokens)
+            return self.model.language.generate(told.embedding, question, history, prompt_tokens, max_new_tokens)
 
         question = default_question(product) if question is None else question
         answer = reply(question, history, max_new_tokens)

@@ -143,9 +143,9 @@ def place_of(box: tuple[int, int, int, int], placement: Placement) -> str:
 def assemble(corner_maps: np.ndarray, share: float = 0.0, joint: bool = False) -> tuple[float, np.ndarray]:
     """Score and aligned map (M, M) of a picture from the model's maps (V, 224, 224) of its ``Placement.views``.
 
-    A view's score is the mean of the highest ``share`` of its values, at least of one. Where there are tiles, the score
-    is the mean of the whole view's and the strangest tile's, and the map the mean of the whole view's and the tiles':
-    what both see counts most.
+    A view's score is the mean of the highest ``share`` of its values, at least of one. Where there are T tiles, the
+    whole view counts once and the tiles T times, as they have T times its patches: the score is so weighted a mean of
+    the whole view's and the strangest tile's, and the map one of both.
     """
     values = corner_maps.reshape(len(corner_maps), -1)  # (V, 224 * 224)
     count = max(1, round(share * values.shape[1]))
@@ -153,9 +153,10 @@ def assemble(corner_maps: np.ndarray, share: float = 0.0, joint: bool = False) -
     whole, *tiles = map(align, corner_maps)
     if not tiles:
         return score, whole
-    joined = stitch(tiles, 0 if joint else OVERLAP)
+    joined, near = stitch(tiles, 0 if joint else OVERLAP), len(tiles) / len(corner_maps)
     position = (np.arange(len(joined)) + 0.5) * SIZE / len(joined) - 0.5
-    return (score + max(others)) / 2, (_interpolate(_interpolate(whole, position).T, position).T + joined) / 2
+    far = _interpolate(_interpolate(whole, position).T, position).T
+    return (1 - near) * score + near * max(others), (1 - near) * far + near * joined
 
 
 def stitch(tiles: list[np.ndarray], overlap: int) -> np.ndarray:

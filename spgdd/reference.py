@@ -140,6 +140,20 @@ def in_tiles(patches: torch.Tensor, side: int) -> torch.Tensor:
     return tiles.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(1, 2)
 
 
+def as_told(features: ImageFeatures, views: int, joint: bool) -> ImageFeatures:
+    """What the language model is told about, of the B*V rows that ``encode`` makes of B pictures.
+
+    The embedding of the whole picture (B, J), and its patches (B, L, N, D): with joint tiles those of the large square,
+    which show better what kind of defect it is.
+    """
+    embedding, patches = (part.unflatten(0, (-1, views)) for part in features)
+    if not joint:
+        return ImageFeatures(embedding[:, 0], patches[:, 0])
+    side, grid = isqrt(views - 1), isqrt(patches.shape[3])
+    tiles = patches[:, 1:].unflatten(3, (grid, grid)).unflatten(1, (side, side))  # (B, side, side, L, G, G, D)
+    return ImageFeatures(embedding[:, 0], tiles.permute(0, 3, 1, 4, 2, 5, 6).flatten(2, 5))
+
+
 @torch.no_grad()
 def view_maps(model, features: ImageFeatures, product: str, bank: MemoryBank | None, without=None) -> np.ndarray:
     """The model's maps of B views, float32 (B, 224, 224), in batches.

@@ -8,8 +8,9 @@ from PIL import Image
 from fake_model import FakeModel, part
 from spgdd.diagnosis import Diagnoser, load
 from spgdd.geometry import Placement, align, assemble, find_regions, place_of
+from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import to_pixels
-from spgdd.reference import encode
+from spgdd.reference import as_told, encode, in_tiles
 from spgdd.selfprompt.focuser import enlarge
 from spgdd.selfprompt.memory import on_grid
 
@@ -177,14 +178,25 @@ def test_joint_tiles_are_parts_of_one_large_square(size, fit):
         assert np.abs(returned - colours[..., axis])[inner].mean() < 2.5  # a large patch is 8 grey values from the next
 
 
-def test_score_is_the_mean_of_the_whole_views_highest_share_and_the_strangest_tiles():
+@pytest.mark.parametrize("side", [2, 3])
+def test_text_is_told_of_the_large_square_that_joint_tiles_are_parts_of(side):
+    large, whole = torch.randn(3, 4, (16 * side) ** 2, 5), torch.randn(3, 1, 4, 256, 5)
+    patches = torch.cat([whole, in_tiles(large, side)], dim=1)  # (B, V, L, N, D)
+    embedding = torch.randn(3, 1 + side**2, 6)
+    features = ImageFeatures(embedding.flatten(0, 1), patches.flatten(0, 1))
+    for joint, expected in ((True, large), (False, whole[:, 0])):
+        told = as_told(features, 1 + side**2, joint)
+        assert torch.equal(told.patches, expected) and torch.equal(told.embedding, embedding[:, 0])
+
+
+def test_whole_view_and_tiles_count_as_they_have_patches():
     maps = np.zeros((5, 224, 224), np.float32)
     maps[3, :112, :112] = np.linspace(0, 1, 112**2).reshape(112, 112)
     maps[0, 5, 5] = 2
     for share, whole, tile in [(0, 2.0, 1.0), (0.25, 0.0, 0.5), (0.125, 0.0, 0.75)]:  # a quarter rises from 0 to 1
-        assert assemble(maps, share)[0] == pytest.approx((whole + tile) / 2, abs=1e-3)
+        assert assemble(maps, share)[0] == pytest.approx((whole + 4 * tile) / 5, abs=1e-3)
     maps = np.stack([np.full((224, 224), value, np.float32) for value in (0.2, 0.6, 0.6, 0.6, 0.6)])
-    assert np.allclose(assemble(maps)[1], 0.4)
+    assert np.allclose(assemble(maps)[1], (0.2 + 4 * 0.6) / 5)
 
 
 def test_one_tile_changes_nothing():

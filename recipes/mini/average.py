@@ -1,6 +1,6 @@
-"""The mean of runs of stage 1 that have gone on from the same one, and of that one (a "model soup").
+"""The mean of runs of stage 1 or 4 that have gone on from the same one, and maybe of that one (a "model soup").
 
-python recipes/mini/average.py --out runs/mini runs/mini/{first,a,b,c}          # the first is the one they go on from
+python recipes/mini/average.py --out runs/mini/mean runs/mini/{first,a,b,c}
 
 Wortsman et al. 2022, "Model soups": better than each of them where what is asked differs from what was trained.
 """
@@ -19,11 +19,13 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in ("imagebind.safetensors", "stage1_maps.safetensors"):
-        states = [load_file(run / name) for run in args.runs]
-        mean = {key: torch.stack([state[key].float() for state in states]).mean(0).half() for key in states[0]}
-        save_file(mean, args.out / name)
-    shutil.copytree(args.runs[0] / "text_tokenizer", args.out / "text_tokenizer", dirs_exist_ok=True)
+    for name in ("imagebind.safetensors", "stage1_maps.safetensors", "delta.safetensors"):
+        if (args.runs[0] / name).exists():
+            states = [load_file(run / name) for run in args.runs]
+            mean = {key: torch.stack([state[key].float() for state in states]).mean(0).half() for key in states[0]}
+            save_file(mean, args.out / name)
+    if (tokenizer := args.runs[0] / "text_tokenizer").exists():
+        shutil.copytree(tokenizer, args.out / "text_tokenizer", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -202,10 +202,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="folder of the run to go on from, at both sizes")
     parser.add_argument("--disturb", type=float, default=0.0, help="how unlike the light of a product's pictures is")
+    parser.add_argument("--dense", type=float, default=WEIGHTS["dense"], help="weight of the dense loss")
     parser.add_argument("--families", type=int, default=len(TOWER_FAMILIES), help="use the first so many (ablation)")
     parser.add_argument("--types", type=int, default=len(TRAIN_TYPES), help="use the first so many (ablation)")
     parser.add_argument("--without", nargs="*", default=[], choices=WEIGHTS, help="leave losses out (ablation)")
     args = parser.parse_args()
+    weights = WEIGHTS | {"dense": args.dense}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -261,7 +263,7 @@ def main() -> None:
         batch = pool.batch(args.groups * smaller**2 // times**2, smaller)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             parts, hits = losses(model, batch, bank, few)
-            loss = sum(WEIGHTS[name] * value for name, value in parts.items() if name not in args.without)
+            loss = sum(weights[name] * value for name, value in parts.items() if name not in args.without)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

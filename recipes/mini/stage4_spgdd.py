@@ -1,9 +1,13 @@
 """Train all that speaks of SPGDD's maps on the mini world, from stage 3 on: what notebook 05 does, longer.
 
-The maps are made beforehand, as a diagnosis makes them, of the whole picture and of its joint tiles. What makes them is
-not trained here: stage 1 has trained it longer, and settle.py has set the rest.
+The maps are made beforehand, as a diagnosis makes them: of half of the products from the whole picture alone, of the
+others from joint tiles too. What makes them is not trained here: stage 1 has trained it longer, and settle.py has set
+the rest.
 
 python recipes/mini/stage4_spgdd.py --out runs/mini
+python recipes/mini/stage4_spgdd.py --out runs/mini/e --start runs/mini --seed 10 --lr 5e-4
+
+The second form goes on from a run, with other products.
 """
 
 import argparse
@@ -16,7 +20,7 @@ from pool import TRAIN_TYPES
 from talk import Diagnosed, bare_model
 
 from spgdd.model import SPGDD, TrainingLoss
-from spgdd.profiles import LANGUAGE_PARTS, Delta
+from spgdd.profiles import LANGUAGE_PARTS, SPGDD_PARTS, Delta
 from spgdd.tadd.words import conversation
 from spgdd.training.loop import train
 from spgdd.training.settings import load_settings
@@ -34,17 +38,24 @@ def language_loss(model: SPGDD, features, products, conversations, maps=None, no
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--products", type=int, default=3000, help="eight pictures of each, 7 MB")
+    parser.add_argument("--products", type=int, default=3000, help="eight pictures of each, 15 MB")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3, help="questions of a conversation")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=4, help="of the products, and of what begins at random")
+    parser.add_argument("--start", type=Path, help="folder of the run to go on from")
     args = parser.parse_args()
-    torch.manual_seed(4)
-    model = bare_model(args.out, (Delta("pandagpt_delta.safetensors", LANGUAGE_PARTS, "stage 3"),))
+    torch.manual_seed(args.seed)
+    deltas = [Delta("pandagpt_delta.safetensors", LANGUAGE_PARTS, "stage 3")]
+    if args.start:
+        deltas.append(Delta("delta.safetensors", (*LANGUAGE_PARTS, *SPGDD_PARTS), "stage 4"))
+    model = bare_model(args.start or args.out, tuple(deltas))
     model.training_loss = partial(language_loss, model)
     talk = partial(conversation, kinds=TRAIN_TYPES, turns=args.turns)
-    pictures = Diagnosed(model, args.products, 4, talk, shots=(0, 1, 1, 2, 3), stray=0.3)
-    settings = load_settings(Path(__file__).with_name("language.yaml"), steps=args.steps, batch=args.batch)
+    pictures = Diagnosed(model, args.products, args.seed, talk, shots=(0, 1, 1, 2, 3), near=0.5, stray=0.3)
+    options = {"steps": args.steps, "batch": args.batch, "learning_rate": args.lr}
+    settings = load_settings(Path(__file__).with_name("language.yaml"), **options)
     train(model, pictures, settings, args.out / "stage4", resume=True)
     shutil.copyfile(args.out / "stage4" / "delta.safetensors", args.out / "delta.safetensors")
 

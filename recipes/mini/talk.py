@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pool import TRAIN_FAMILIES, TRAIN_TYPES
-from torch import Tensor
 from tqdm import tqdm
 
 from spgdd.diagnosis import prompt_map
@@ -20,7 +19,7 @@ from spgdd.imagebind.preprocess import normalise
 from spgdd.loading import load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
-from spgdd.reference import encode, view_maps
+from spgdd.reference import as_told, encode, view_maps
 from spgdd.tadd import words
 from spgdd.tadd.miniworld import TYPES, describe, photograph, possible_types
 from spgdd.tadd.miniworld.world import Photographs
@@ -46,7 +45,7 @@ def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
 
 
 class World:
-    """Products drawn and encoded on the model's device, 0.6 MB a picture; stands in for ``TrainingData``.
+    """Products drawn and encoded on the model's device, 0.5 MB a picture; stands in for ``TrainingData``.
 
     What is said about a picture is made up anew in every epoch by ``talk``.
     """
@@ -54,17 +53,16 @@ class World:
     cache = None  # there are no files
 
     def __init__(self, model: SPGDD, products: int, seed: int, talk: Callable[[dict, random.Random], list[dict]]):
-        self.talk, self.seed, self.known = talk, seed, []
-        rng, parts = random.Random(f"world {seed}"), []
+        self.talk, self.seed, self.known, self.features = talk, seed, [], []
+        rng = random.Random(f"world {seed}")
         turns = [TRAIN_FAMILIES[number % len(TRAIN_FAMILIES)] for number in range(products)]
         with tqdm(total=products * PICTURES, desc="world", unit="picture") as bar:
             for family in TRAIN_FAMILIES:
                 kinds = [i for i in possible_types(family) if TYPES[i] in TRAIN_TYPES]
                 for left in range(turns.count(family), 0, -AT_ONCE):
                     shots = self._draw(model, family, min(left, AT_ONCE), kinds, rng)
-                    parts.append(self._look(model, shots, rng))
+                    self.features += self._look(model, shots, rng)
                     bar.update(PICTURES * min(left, AT_ONCE))
-        self.embedding, self.patches, *self.more = map(torch.cat, zip(*parts, strict=True))
 
     @torch.no_grad()
     def _draw(self, model: SPGDD, family: str, count: int, kinds: list[int], rng: random.Random) -> Photographs:
@@ -80,11 +78,13 @@ class World:
         return shots
 
     @torch.no_grad()
-    def _look(self, model: SPGDD, shots: Photographs, rng: random.Random) -> list[Tensor]:
-        """What is kept of the last pictures: embeddings (B, J) and patches (B, L, N, D) float16."""
-        features = [model.encode(normalise(part)) for part in shots.images.split(64)]
-        embedding, patches = map(torch.cat, zip(*features, strict=True))
-        return [embedding.float(), patches.half()]
+    def _look(self, model: SPGDD, shots: Photographs, rng: random.Random) -> list[ImageFeatures]:
+        """What is kept of each of the last pictures: its embedding (J,) and patches (L, N, D) float16."""
+        seen = []
+        for part in shots.images.split(64):
+            embedding, patches = model.encode(normalise(part))
+            seen += map(ImageFeatures, embedding.float(), patches.half())
+        return seen
 
     def __len__(self) -> int:
         return len(self.known)
@@ -100,28 +100,27 @@ class World:
     def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
         talks = [self.talk(self.known[row], rng) for row, rng in zip(rows, rngs, strict=True)]
         products = [self.known[row]["product"] for row in rows]
-        features = ImageFeatures(self.embedding[rows], self.patches[rows])
+        features = ImageFeatures(*map(torch.stack, zip(*(self.features[row] for row in rows), strict=True)))
         return Batch([f"picture {row}" for row in rows], features, products, talks, None, None)
 
 
 class Diagnosed(World):
     """A world whose pictures have been diagnosed: with their scores, and in place of masks the maps that are shown.
 
-    Each picture is compared once and for all with one of the numbers ``shots`` of good pictures. A batch has pictures
-    of one such number, and of their good pictures what the memory tokens are made of: the last tap's entries (M, D).
-    With the chance ``stray`` an example gets the image vector of another one: then maps and tokens are all that the
-    answer can rest on.
+    With the chance ``near`` a product is seen in joint tiles too. Each picture is compared once and for all with one of
+    the numbers ``shots`` of good pictures. A batch has pictures of one such number that were seen alike, and of their
+    good pictures what the memory tokens are made of: the last tap's entries (M, D). With the chance ``stray`` an
+    example gets the image vector of another one: then maps and tokens are all that the answer can rest on.
     """
 
-    def __init__(self, *args, shots: Sequence[int], stray: float = 0.0):
-        self.shots, self.stray = shots, stray
-        self.chosen, self.entries, self.scores = [], [], []
+    def __init__(self, *args, shots: Sequence[int], near: float = 1.0, stray: float = 0.0):
+        self.shots, self.near, self.stray = shots, near, stray
+        self.chosen, self.entries, self.scores, self.maps = [], [], [], []
         super().__init__(*args)
-        self.entries = torch.cat(self.entries)
 
     @torch.no_grad()
-    def _look(self, model: SPGDD, shots: Photographs, rng: random.Random) -> list[Tensor]:
-        """As of any world, and the maps (B, 224, 224) float16."""
+    def _look(self, model: SPGDD, shots: Photographs, rng: random.Random) -> list[ImageFeatures]:
+        """As of any world; the maps (224, 224) and entries (M, D) are float16 too."""
         first = len(self.known) - len(shots.images)
         size = model.profile.joint * shots.images.shape[-1]
         large = F.interpolate(shots.images.float(), size=(size, size), mode="bicubic", align_corners=False)
@@ -129,37 +128,46 @@ class Diagnosed(World):
         embedding, patches = encode(model, list(zip(shots.images, large, strict=True)))
         views = len(patches) // len(large)
         embedding, patches = (part.unflatten(0, (-1, views)) for part in (embedding, patches))  # (B, V, ...)
-        corner_maps = []
-        for row, own in enumerate(zip(embedding, patches, strict=True)):
+        near = [rng.random() < self.near for _ in range(len(large) // PICTURES)]
+        corner_maps, seen = [], []
+        for row in range(len(large)):
+            count = views if near[row // PICTURES] else 1
+            own = ImageFeatures(embedding[row, :count], patches[row, :count])
             others = [r for r in range(row - row % PICTURES, row - row % PICTURES + GOOD) if r != row]
             chosen = rng.sample(others, rng.choice(self.shots))
             self.chosen.append([first + other for other in chosen])
             name, bank = self.known[first + row]["product"], None
             if chosen:
-                origin = torch.arange(len(chosen)).repeat_interleave(views)
-                bank = model.build_bank(patches[chosen].flatten(0, 1), name, origin=origin)
-            corner_maps.append(view_maps(model, ImageFeatures(*own), name, bank))  # (V, 224, 224)
+                origin = torch.arange(len(chosen)).repeat_interleave(count)
+                bank = model.build_bank(patches[chosen, :count].flatten(0, 1), name, origin=origin)
+            corner_maps.append(view_maps(model, own, name, bank))  # (V, 224, 224)
+            told = as_told(own, count, count > 1)
+            seen.append(ImageFeatures(told.embedding[0].float(), told.patches[0].half()))
+            self.entries.append(patches[row, :count, -1].flatten(0, 1).half())  # (V*N, D)
         with ThreadPoolExecutor() as pool:
             found = [*pool.map(partial(assemble, share=model.profile.score_share, joint=True), corner_maps)]
         scores, square_maps = zip(*found, strict=True)
         self.scores += scores
-        self.entries.append(patches[:, :, -1].flatten(1, 2).half())  # (B, V*N, D)
-        shown = torch.cat([*map(prompt_map, corner_maps, square_maps)])[:, 0]
-        return [embedding[:, 0].float(), patches[:, 0].half(), shown.to(embedding.device).half()]
+        self.maps += torch.cat([*map(prompt_map, corner_maps, square_maps)])[:, 0].to(embedding.device).half()
+        return seen
 
     def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
         rng, plan = random.Random(f"order {seed} {epoch}"), []
-        for count in sorted(set(self.shots)):
-            rows = [row for row in range(len(self)) if len(self.chosen[row]) == count]
+        alike = {}
+        for row, (features, chosen) in enumerate(zip(self.features, self.chosen, strict=True)):
+            alike.setdefault((len(chosen), features.patches.shape), []).append(row)
+        for rows in alike.values():
             rng.shuffle(rows)
             plan += [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
         rng.shuffle(plan)
         return plan
 
     def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
-        batch, maps = super()._batch(rows, rngs), self.more[0]
+        batch = super()._batch(rows, rngs)
         seen = [rng.randrange(len(self)) if rng.random() < self.stray else row
                 for row, rng in zip(rows, rngs, strict=True)]  # fmt: skip
-        features = batch.features._replace(embedding=self.embedding[seen])
-        normals = [self.entries[self.chosen[row]].flatten(0, 1) if self.chosen[row] else None for row in rows]
-        return dataclasses.replace(batch, features=features, masks=maps[rows].float(), normals=normals)
+        features = batch.features._replace(embedding=torch.stack([self.features[row].embedding for row in seen]))
+        normals = [torch.cat([self.entries[other] for other in self.chosen[row]]) if self.chosen[row] else None
+                   for row in rows]  # fmt: skip
+        maps = torch.stack([self.maps[row] for row in rows]).float()
+        return dataclasses.replace(batch, features=features, masks=maps, normals=normals)

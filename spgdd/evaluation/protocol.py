@@ -21,11 +21,10 @@ from spgdd.diagnosis import Diagnoser, judge, prompt_map, says_defective
 from spgdd.errors import DataError
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, verdict_metrics
 from spgdd.geometry import Placement
-from spgdd.imagebind import ImageFeatures
 from spgdd.images import read_image
 from spgdd.language.conversation import fold_history
 from spgdd.profiles import Profile
-from spgdd.reference import BATCH, build_reference, encode, view_maps
+from spgdd.reference import BATCH, as_told, build_reference, encode, view_maps
 from spgdd.tadd.describe import measure
 from spgdd.tadd.grammar import TYPES, VOCABULARY, base
 from spgdd.tadd.index import index_folder, read_mask
@@ -174,7 +173,8 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     counts, pictures = {key: PixelCounts() for key in sets}, {key: [] for key in sets}
     for batch in load_batches(task.queries, model.profile):
         features = encode(model, [loaded.views for loaded in batch])  # of B*V rows
-        whole = ImageFeatures(*(part[:: len(part) // len(batch)] for part in features))
+        views = len(features.patches) // len(batch)
+        told = as_told(features, views, batch[0].placement.joint)
         for key, reference in sets.items():
             bank = reference.bank if reference else None
             maps = view_maps(model, features, task.name, bank)
@@ -194,8 +194,8 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                 if picture.kind == "good" or loaded.coverage is not None:
                     counts[key].add(square_map, loaded.coverage)
             if text:
-                prompts = model.prompt_tokens(torch.cat(shown).to(whole.embedding.device), whole, bank)
-                _ask(model, whole.embedding, prompts, task, records)
+                prompts = model.prompt_tokens(torch.cat(shown).to(told.embedding.device), told, bank)
+                _ask(model, told.embedding, prompts, task, records)
             pictures[key] += records
         bar.update(len(batch))
     return [
