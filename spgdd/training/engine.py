@@ -4,6 +4,7 @@ Both keep the trained parameters and AdamW's moments in float32 and give them ou
 on with the other engine or with another number of ranks.
 """
 
+import atexit
 import os
 import socket
 import sys
@@ -223,7 +224,14 @@ def start_processes() -> int:
         warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # at each of its exchanges
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of inference on a CPU: takes a compiler
         deepspeed.init_distributed(verbose=False)
+        atexit.register(leave_processes)
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def leave_processes() -> None:
+    """At the end of Python: a group that is left open is torn down with its threads at work, which can abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def micro_batch(settings: Settings, ranks: int) -> int:
