@@ -173,8 +173,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     counts, pictures = {key: PixelCounts() for key in sets}, {key: [] for key in sets}
     for batch in load_batches(task.queries, model.profile):
         features = encode(model, [loaded.views for loaded in batch])  # of B*V rows
-        views = len(features.patches) // len(batch)
-        told = as_told(features, views, batch[0].placement.joint)
+        told = as_told(features, len(features.patches) // len(batch), batch[0].placement.joint) if text else None
         for key, reference in sets.items():
             bank = reference.bank if reference else None
             maps = view_maps(model, features, task.name, bank)
