@@ -28,7 +28,7 @@ def language_loss(model: SPGDD, features, products, conversations, masks=None, n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--products", type=int, default=2000, help="eight pictures of each, 4 MB")
+    parser.add_argument("--products", type=int, default=2000, help="nine pictures of each, 5 MB")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=128)
     args = parser.parse_args()

@@ -38,7 +38,7 @@ def language_loss(model: SPGDD, features, products, conversations, maps=None, no
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--products", type=int, default=3000, help="eight pictures of each, 15 MB")
+    parser.add_argument("--products", type=int, default=3000, help="nine pictures of each, 17 MB")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3, help="questions of a conversation")
@@ -53,7 +53,8 @@ def main() -> None:
     model = bare_model(args.start or args.out, tuple(deltas))
     model.training_loss = partial(language_loss, model)
     talk = partial(conversation, kinds=TRAIN_TYPES, turns=args.turns)
-    pictures = Diagnosed(model, args.products, args.seed, talk, shots=(0, 1, 1, 2, 3), near=0.5, stray=0.3)
+    how = {"shots": (0, 1, 1, 2, 4), "near": 0.5, "stray": 0.3, "astray": 0.5}
+    pictures = Diagnosed(model, args.products, args.seed, talk, **how)
     options = {"steps": args.steps, "batch": args.batch, "learning_rate": args.lr}
     settings = load_settings(Path(__file__).with_name("language.yaml"), **options)
     train(model, pictures, settings, args.out / "stage4", resume=True)

@@ -5,15 +5,17 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import isqrt
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pool import TRAIN_FAMILIES, TRAIN_TYPES
 from tqdm import tqdm
 
 from spgdd.diagnosis import prompt_map
-from spgdd.geometry import assemble
+from spgdd.geometry import SIZE, assemble
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise
 from spgdd.loading import load_model
@@ -21,13 +23,14 @@ from spgdd.model import SPGDD
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
 from spgdd.reference import as_told, encode, view_maps
 from spgdd.tadd import words
+from spgdd.tadd.grammar import PLACES
 from spgdd.tadd.miniworld import TYPES, describe, photograph, possible_types
 from spgdd.tadd.miniworld.world import Photographs
 from spgdd.training.data import Batch
 from spgdd.weights.checkpoint import read_tensors
 from spgdd.weights.delta import apply_delta
 
-PICTURES, GOOD = 8, 4  # of a product; the good ones come first
+PICTURES, GOOD = 9, 5  # of a product; the good ones come first
 AT_ONCE = 32  # products drawn and encoded together
 
 
@@ -98,7 +101,9 @@ class World:
             yield self._batch(rows, [random.Random(f"{self.seed} {epoch} {row}") for row in rows])
 
     def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
-        talks = [self.talk(self.known[row], rng) for row, rng in zip(rows, rngs, strict=True)]
+        return self._told(rows, [self.talk(self.known[row], rng) for row, rng in zip(rows, rngs, strict=True)])
+
+    def _told(self, rows: Sequence[int], talks: list[list[dict]]) -> Batch:
         products = [self.known[row]["product"] for row in rows]
         features = ImageFeatures(*map(torch.stack, zip(*(self.features[row] for row in rows), strict=True)))
         return Batch([f"picture {row}" for row in rows], features, products, talks, None, None)
@@ -109,12 +114,16 @@ class Diagnosed(World):
 
     With the chance ``near`` a product is seen in joint tiles too. Each picture is compared once and for all with one of
     the numbers ``shots`` of good pictures. A batch has pictures of one such number that were seen alike, and of their
-    good pictures what the memory tokens are made of: the last tap's entries (M, D). With the chance ``stray`` an
-    example gets the image vector of another one: then maps and tokens are all that the answer can rest on.
+    good pictures what the memory tokens are made of: the last tap's entries (M, D). Good and defective pictures come
+    equally often, and mirrored at random.
+
+    With the chance ``stray`` an example gets the image vector of another one. With the chance ``astray`` its focus and
+    memory tokens tell of another one of the batch, at the places that its own map points at: then verdict and place can
+    rest on the map alone.
     """
 
-    def __init__(self, *args, shots: Sequence[int], near: float = 1.0, stray: float = 0.0):
-        self.shots, self.near, self.stray = shots, near, stray
+    def __init__(self, *args, shots: Sequence[int], near: float = 1.0, stray: float = 0.0, astray: float = 0.0):
+        self.shots, self.near, self.stray, self.astray = shots, near, stray, astray
         self.chosen, self.entries, self.scores, self.maps = [], [], [], []
         super().__init__(*args)
 
@@ -152,10 +161,12 @@ class Diagnosed(World):
         return seen
 
     def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
-        rng, plan = random.Random(f"order {seed} {epoch}"), []
-        alike = {}
-        for row, (features, chosen) in enumerate(zip(self.features, self.chosen, strict=True)):
-            alike.setdefault((len(chosen), features.patches.shape), []).append(row)
+        rng, plan, alike = random.Random(f"order {seed} {epoch}"), [], {}
+        good, bad = ([row for row, known in enumerate(self.known) if bool(known["defects"]) == is_bad]
+                     for is_bad in (False, True))  # fmt: skip
+        few = min(len(good), len(bad))
+        for row in rng.sample(good, few) + rng.sample(bad, few):
+            alike.setdefault((len(self.chosen[row]), self.features[row].patches.shape), []).append(row)
         for rows in alike.values():
             rng.shuffle(rows)
             plan += [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
@@ -163,11 +174,30 @@ class Diagnosed(World):
         return plan
 
     def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
-        batch = super()._batch(rows, rngs)
+        axes = [[axis for axis in (-1, -2) if rng.random() < 0.5] for rng in rngs]
+        talks = [self.talk(mirrored(self.known[row], *a), rng) for row, a, rng in zip(rows, axes, rngs, strict=True)]
+        batch = self._told(rows, talks)
         seen = [rng.randrange(len(self)) if rng.random() < self.stray else row
                 for row, rng in zip(rows, rngs, strict=True)]  # fmt: skip
-        features = batch.features._replace(embedding=torch.stack([self.features[row].embedding for row in seen]))
+        told = [rng.choice(rows) if rng.random() < self.astray else row for row, rng in zip(rows, rngs, strict=True)]
+        patches = torch.stack([self.features[row].patches for row in told]).mT  # (B, L, D, N)
+        patches = patches.unflatten(-1, (isqrt(patches.shape[-1]), -1))
+        patches = torch.stack([one.flip(a) for one, a in zip(patches, axes, strict=True)]).flatten(-2).mT
+        features = ImageFeatures(torch.stack([self.features[row].embedding for row in seen]), patches)
         normals = [torch.cat([self.entries[other] for other in self.chosen[row]]) if self.chosen[row] else None
-                   for row in rows]  # fmt: skip
-        maps = torch.stack([self.maps[row] for row in rows]).float()
+                   for row in told]  # fmt: skip
+        maps = torch.stack([self.maps[row].flip(a) for row, a in zip(rows, axes, strict=True)]).float()
         return dataclasses.replace(batch, features=features, masks=maps, normals=normals)
+
+
+def mirrored(sample: dict, *axes: int) -> dict:
+    """What is known of a picture (224 x 224), flipped along the axes: -1 left to right, -2 upside down."""
+    cells = np.flip(np.arange(len(PLACES)).reshape(3, 3), axes).flatten()
+    place = {old: PLACES[cell] for old, cell in zip(PLACES, cells, strict=True)} | {None: None}
+    defects = []
+    for defect in sample["defects"]:
+        corners = np.reshape(defect["box"], (2, 2))  # x, y
+        for axis in axes:
+            corners[:, ~axis] = SIZE - corners[::-1, ~axis]
+        defects.append(defect | {"place": place[defect["place"]], "box": tuple(corners.flatten().tolist())})
+    return sample | {"defects": defects, "middle": place[sample.get("middle")]}
