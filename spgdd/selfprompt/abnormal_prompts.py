@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spgdd.selfprompt.focuser import text_prompts
+from spgdd.selfprompt.focuser import text_prompts, unpadded
 
 CONTEXT = 4  # learned vectors of a prompt: in place of "a photo of a", before state and name
 MATCHING = 1e-3  # weight of the matching loss (PromptAD's lambda)
@@ -38,9 +38,8 @@ class AbnormalPrompts(nn.Module):
         ``tokenizer`` turns m sentences into ids (m, 77) that end with their largest, ``embed`` ids into token
         embeddings (m, S, W), ``encode_text`` ids and embeddings into vectors (m, J).
         """
-        ids = tokenizer([text for product in products for text in text_prompts(product)["abnormal"]])
-        length = int(ids.argmax(1).max()) + 1  # on the CPU, so that a GPU is not waited for
-        ids = ids[:, :length].to(self.offsets.device)  # attention is causal: padding after the end says nothing
+        ids = unpadded(tokenizer([text for product in products for text in text_prompts(product)["abnormal"]]))
+        ids = ids.to(self.offsets.device)  # only now: a GPU is not waited for
         tokens = embed(ids)  # (n*P, S, W), the first being the start of text
         moved = F.pad(self.offsets, (0, 0, 1, tokens.shape[1] - 1 - CONTEXT)).repeat(len(products), 1, 1)
         vectors = encode_text(ids, (tokens + moved).to(tokens.dtype))

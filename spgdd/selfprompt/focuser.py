@@ -37,9 +37,14 @@ def text_vectors(
     the two means, normalised.
     """
     normal, abnormal = (
-        F.normalize(encode_text(tokenizer(texts)).float(), dim=-1) for texts in text_prompts(product).values()
+        F.normalize(encode_text(unpadded(tokenizer(texts))).float(), dim=-1) for texts in text_prompts(product).values()
     )
     return normal, abnormal
+
+
+def unpadded(ids: Tensor) -> Tensor:
+    """Ids (n, S) up to the last end of a text, its largest id: attention is causal, what follows says nothing."""
+    return ids[:, : int(ids.argmax(1).max()) + 1]
 
 
 class PatchDecoder(nn.Module):
