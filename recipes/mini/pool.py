@@ -46,9 +46,10 @@ class Pool:
 
     def __init__(
         self, groups: int, device, seed: int, families=TOWER_FAMILIES, types=TRAIN_TYPES, size: int = 224,
-        disturb: float = 0.0,
+        disturb: float = 0.0, coarse: float = 0.25,
     ):  # fmt: skip
-        self.families, self.device, self.size, self.disturb, self.grid = families, device, size, disturb, size // 14
+        self.families, self.device, self.size, self.grid = families, device, size, size // 14
+        self.disturb, self.coarse = disturb, coarse
         self.generator = torch.Generator().manual_seed(seed)
         self.kinds = {name: torch.tensor([i for i in possible_types(name) if TYPES[i] in types]) for name in families}
         self.images = torch.zeros(groups, GROUP, 3, size, size, dtype=torch.uint8, device=device)
@@ -119,7 +120,7 @@ class Pool:
         x = x.gather(2, order[:, None, :, None, None].expand_as(x))
         x = torch.where(dice(groups, 1) < 0.1, 1 - x, x)
         coarse = F.interpolate(F.avg_pool2d(x.flatten(0, 1), 2), scale_factor=2, mode="bilinear").view_as(x)
-        x = torch.where(dice(groups, 1) < 0.25, coarse, x)
+        x = torch.where(dice(groups, 1) < self.coarse, coarse, x)
         contrast = dice(groups, 1, low=0.6, high=1.3) * dice(groups, GROUP, low=0.95, high=1.05)
         x = (x - 0.5) * contrast + 0.5 + dice(groups, 1, low=-0.1, high=0.1) + dice(groups, GROUP, low=-0.03, high=0.03)
         if self.disturb:

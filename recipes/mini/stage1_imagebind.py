@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pool import TOWER_FAMILIES, TRAIN_TYPES, Pool
+from pool import TOWER_FAMILIES, TRAIN_FAMILIES, TRAIN_TYPES, Pool
 from safetensors.torch import load_file, save_file
 from texts import CAPTIONS, NAMES, OTHERS, PHRASES, TextBank, build_tokenizer
 from torch import Tensor, nn
@@ -202,8 +202,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="folder of the run to go on from, at both sizes")
     parser.add_argument("--disturb", type=float, default=0.0, help="how unlike the light of a product's pictures is")
+    parser.add_argument("--coarse", type=float, default=0.25, help="share of products with half the detail")
     parser.add_argument("--dense", type=float, default=WEIGHTS["dense"], help="weight of the dense loss")
-    parser.add_argument("--families", type=int, default=len(TOWER_FAMILIES), help="use the first so many (ablation)")
+    parser.add_argument("--families", type=int, default=len(TOWER_FAMILIES), help="use the first so many of 29")
     parser.add_argument("--types", type=int, default=len(TRAIN_TYPES), help="use the first so many (ablation)")
     parser.add_argument("--without", nargs="*", default=[], choices=WEIGHTS, help="leave losses out (ablation)")
     args = parser.parse_args()
@@ -250,9 +251,10 @@ def main() -> None:
         print(f"going on after step {start}")
     started = time.perf_counter()
     times = 2 if args.start else 1  # the side of the pictures, in 224 pixels
+    families = sorted(TRAIN_FAMILIES, key=lambda name: name not in TOWER_FAMILIES)[: args.families]
     pool = Pool(
-        args.pool // times**2, device, args.seed + start, TOWER_FAMILIES[: args.families], TRAIN_TYPES[: args.types],
-        224 * times, args.disturb,
+        args.pool // times**2, device, args.seed + start, families, TRAIN_TYPES[: args.types],
+        224 * times, args.disturb, args.coarse,
     )  # fmt: skip
     renew = args.renew // times**2
     for _ in tqdm(range(args.pool // args.renew + 1), desc="first photographs"):
