@@ -4,6 +4,7 @@ A group is one product: two good photographs, then two of it damaged. Drawing a 
 training step on it, so each is used several times, each time turned, flipped and recoloured at random.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,8 +46,8 @@ class Pool:
     """
 
     def __init__(
-        self, groups: int, device, seed: int, families=TOWER_FAMILIES, types=TRAIN_TYPES, size: int = 224,
-        disturb: float = 0.0, coarse: float = 0.25,
+        self, groups: int, device, seed: int, families: Sequence[str], types: Sequence[str], size: int,
+        disturb: float, coarse: float,
     ):  # fmt: skip
         self.families, self.device, self.size, self.grid = families, device, size, size // 14
         self.disturb, self.coarse = disturb, coarse

@@ -204,7 +204,9 @@ def main() -> None:
     parser.add_argument("--disturb", type=float, default=0.0, help="how unlike the light of a product's pictures is")
     parser.add_argument("--coarse", type=float, default=0.25, help="share of products with half the detail")
     parser.add_argument("--dense", type=float, default=WEIGHTS["dense"], help="weight of the dense loss")
-    parser.add_argument("--families", type=int, default=len(TOWER_FAMILIES), help="use the first so many of 29")
+    parser.add_argument(
+        "--families", type=int, default=len(TOWER_FAMILIES), help=f"use the first so many of {len(TRAIN_FAMILIES)}"
+    )
     parser.add_argument("--types", type=int, default=len(TRAIN_TYPES), help="use the first so many (ablation)")
     parser.add_argument("--without", nargs="*", default=[], choices=WEIGHTS, help="leave losses out (ablation)")
     args = parser.parse_args()

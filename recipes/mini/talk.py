@@ -193,11 +193,11 @@ class Diagnosed(World):
 def mirrored(sample: dict, *axes: int) -> dict:
     """What is known of a picture (224 x 224), flipped along the axes: -1 left to right, -2 upside down."""
     cells = np.flip(np.arange(len(PLACES)).reshape(3, 3), axes).flatten()
-    place = {old: PLACES[cell] for old, cell in zip(PLACES, cells, strict=True)} | {None: None}
+    place = {old: PLACES[cell] for old, cell in zip(PLACES, cells, strict=True)}
     defects = []
     for defect in sample["defects"]:
         corners = np.reshape(defect["box"], (2, 2))  # x, y
         for axis in axes:
             corners[:, ~axis] = SIZE - corners[::-1, ~axis]
         defects.append(defect | {"place": place[defect["place"]], "box": tuple(corners.flatten().tolist())})
-    return sample | {"defects": defects, "middle": place[sample.get("middle")]}
+    return sample | {"defects": defects}
