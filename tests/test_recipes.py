@@ -1,18 +1,25 @@
-"""What the recipes of the mini weights tell the language model about mirrored pictures."""
+"""What the recipes of the mini weights tell the language model."""
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from spgdd.tadd.miniworld import describe, photograph, possible_types
+from spgdd.imagebind import ImageFeatures
+from spgdd.tadd.grammar import KINDS
+from spgdd.tadd.miniworld import TYPES, describe, photograph, possible_types
 
 MINI = Path(__file__).parents[1] / "recipes" / "mini"
 
 
-@pytest.mark.parametrize("axes", [(), (-1,), (-2,), (-1, -2)])
-def test_mirrored_knowledge_is_that_of_the_mirrored_picture(axes, monkeypatch):
+@pytest.fixture
+def recipe(monkeypatch):
     monkeypatch.syspath_prepend(MINI)
+
+
+@pytest.mark.parametrize("axes", [(), (-1,), (-2,), (-1, -2)])
+def test_mirrored_knowledge_is_that_of_the_mirrored_picture(axes, recipe):
     from talk import mirrored
 
     numbers = torch.arange(24)
@@ -27,3 +34,45 @@ def test_mirrored_knowledge_is_that_of_the_mirrored_picture(axes, monkeypatch):
         for one, other in zip(ours["defects"], theirs["defects"], strict=True):
             assert one["place"] == other["place"]
             assert tuple(one["box"]) == tuple(other["box"])
+
+
+def test_where_patches_tell_of_another_picture_no_answer_names_a_kind_and_else_no_verdict_is_learned(recipe):
+    from stage4_spgdd import talk
+
+    numbers = torch.arange(24)
+    kinds = torch.tensor([-1, *possible_types("wood")])
+    shots = photograph("wood", numbers, numbers + 7, kinds[numbers % len(kinds)])
+    names = {KINDS[kind][number] for kind in TYPES for number in ("one", "many")}
+    rng, named, known = random.Random(3), 0, 0
+    for sample in describe("wood", "", shots) * 10:
+        sample |= {"product": "wood"}
+        answers = [turn["value"] for turn in talk(sample, rng, True, 5)[1::2]]
+        assert not any(name in answer for answer in answers for name in names), answers
+        turns = [turn["value"] for turn in talk(sample, rng, False, 5)]
+        assert len(turns) == 10
+        named += bool(sample["defects"]) and any(name in answer for answer in turns[1::2] for name in names)
+        if "### Assistant:" in turns[0]:
+            known += 1
+            answered = turns[0].split("### Assistant: ")[1].split("\n###")[0]
+            assert answered.startswith("Yes" if sample["defects"] else "No")
+            assert not any(name in answered for name in names)
+    assert named > 150 and 150 < known < 230
+
+
+def test_an_example_is_called_astray_where_its_patches_and_memory_are_of_another_picture(recipe):
+    from talk import Diagnosed
+
+    count, said = 40, []
+    world = object.__new__(Diagnosed)  # as if drawn: a picture's number is the value of all its tokens
+    world.talk = lambda sample, rng, astray: said.append((sample["number"], astray)) or []
+    world.stray, world.astray, world.chosen = 0.0, 0.5, [[row] for row in range(count)]
+    world.known = [{"product": "wood", "defects": [], "number": row} for row in range(count)]
+    world.features = [ImageFeatures(torch.full((3,), row), torch.full((4, 4, 2), row)) for row in range(count)]
+    world.entries = [torch.full((4, 2), row) for row in range(count)]
+    world.maps = torch.zeros(count, 224, 224)
+    batch = world._batch(range(count), [random.Random(row) for row in range(count)])
+    assert batch.features.embedding[:, 0].tolist() == list(range(count))
+    told = batch.features.patches[:, 0, 0, 0].tolist()
+    assert told == [int(entries[0, 0]) for entries in batch.normals]
+    assert said == [(row, row != other) for row, other in enumerate(told)]
+    assert 10 < sum(astray for _, astray in said) < 30

@@ -2,7 +2,7 @@
 
 The maps are made beforehand, as a diagnosis makes them: of half of the products from the whole picture alone, of the
 others from joint tiles too. What makes them is not trained here: stage 1 has trained it longer, and settle.py has set
-the rest.
+the rest. Whether there is a defect, and where, is learned from the map alone; what it is, from patches and memory.
 
 python recipes/mini/stage4_spgdd.py --out runs/mini
 python recipes/mini/stage4_spgdd.py --out runs/mini/e --start runs/mini --seed 10 --lr 5e-4
@@ -11,6 +11,7 @@ The second form goes on from a run, with other products.
 """
 
 import argparse
+import random
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,37 @@ import torch
 from pool import TRAIN_TYPES
 from talk import Diagnosed, bare_model
 
+from spgdd.language.conversation import fold_history
 from spgdd.model import SPGDD, TrainingLoss
 from spgdd.profiles import LANGUAGE_PARTS, SPGDD_PARTS, Delta
 from spgdd.tadd.words import conversation
 from spgdd.training.loop import train
 from spgdd.training.settings import load_settings
+
+FROM_MAPS = ("verdict", "all_good", "where", "count", "more_than_one", "at_place", "size")  # topics that a map decides
+FROM_PATCHES = ("describe", "kind", "has_kind")
+VERDICT_KNOWN = 0.8  # of the conversations about patches
+
+
+def talk(sample: dict, rng: random.Random, astray: bool, turns: int) -> list[dict]:
+    """Questions with answers; where patches and memory tell of another picture, what the map decides, without kinds.
+
+    Where they tell of this one, mostly a verdict is part of the first question, so that nothing is learned of it: it
+    shall not lean on patches, whose look changes from the generated world to photographs more than that of maps.
+    """
+    plain = sample | {"defects": [defect | {"type": "defect"} for defect in sample["defects"]]}
+    if astray:
+        topics = rng.sample(FROM_MAPS, len(FROM_MAPS))
+        if rng.random() < 0.7:
+            topics.insert(0, "verdict")
+        return conversation(plain, rng, min(turns, len(FROM_MAPS)), TRAIN_TYPES, topics)
+    first, seed = rng.choice(FROM_PATCHES), rng.random()
+    if rng.random() > VERDICT_KNOWN:
+        return conversation(sample, rng, turns, TRAIN_TYPES, (first,))
+    asked, verdict = conversation(plain, random.Random(seed), 1, TRAIN_TYPES, ("verdict",))
+    question, *rest = conversation(sample, random.Random(seed), turns + 1, TRAIN_TYPES, ("verdict", first))[2:]
+    folded = fold_history([(asked["value"], verdict["value"])], question["value"])
+    return [question | {"value": folded}, *rest]
 
 
 def language_loss(model: SPGDD, features, products, conversations, maps=None, normals=None, max_length=1024):
@@ -41,7 +68,7 @@ def main() -> None:
     parser.add_argument("--products", type=int, default=3000, help="nine pictures of each, 17 MB")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=3, help="questions of a conversation")
+    parser.add_argument("--turns", type=int, default=5, help="questions of a conversation")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=4, help="of the products, and of what begins at random")
     parser.add_argument("--start", type=Path, help="folder of the run to go on from")
@@ -52,9 +79,8 @@ def main() -> None:
         deltas.append(Delta("delta.safetensors", (*LANGUAGE_PARTS, *SPGDD_PARTS), "stage 4"))
     model = bare_model(args.start or args.out, tuple(deltas))
     model.training_loss = partial(language_loss, model)
-    talk = partial(conversation, kinds=TRAIN_TYPES, turns=args.turns)
     how = {"shots": (0, 1, 1, 2, 4), "near": 0.5, "stray": 0.3, "astray": 0.5}
-    pictures = Diagnosed(model, args.products, args.seed, talk, **how)
+    pictures = Diagnosed(model, args.products, args.seed, partial(talk, turns=args.turns), **how)
     options = {"steps": args.steps, "batch": args.batch, "learning_rate": args.lr}
     settings = load_settings(Path(__file__).with_name("language.yaml"), **options)
     train(model, pictures, settings, args.out / "stage4", resume=True)

@@ -118,8 +118,8 @@ class Diagnosed(World):
     equally often, and mirrored at random.
 
     With the chance ``stray`` an example gets the image vector of another one. With the chance ``astray`` its focus and
-    memory tokens tell of another one of the batch, at the places that its own map points at: then verdict and place can
-    rest on the map alone.
+    memory tokens tell of another one of the batch, at the places that its own map points at; ``talk``, which then says
+    what the map alone decides, is told so.
     """
 
     def __init__(self, *args, shots: Sequence[int], near: float = 1.0, stray: float = 0.0, astray: float = 0.0):
@@ -175,11 +175,12 @@ class Diagnosed(World):
 
     def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
         axes = [[axis for axis in (-1, -2) if rng.random() < 0.5] for rng in rngs]
-        talks = [self.talk(mirrored(self.known[row], *a), rng) for row, a, rng in zip(rows, axes, rngs, strict=True)]
-        batch = self._told(rows, talks)
         seen = [rng.randrange(len(self)) if rng.random() < self.stray else row
                 for row, rng in zip(rows, rngs, strict=True)]  # fmt: skip
         told = [rng.choice(rows) if rng.random() < self.astray else row for row, rng in zip(rows, rngs, strict=True)]
+        talks = [self.talk(mirrored(self.known[row], *a), rng, row != other)
+                 for row, other, a, rng in zip(rows, told, axes, rngs, strict=True)]  # fmt: skip
+        batch = self._told(rows, talks)
         patches = torch.stack([self.features[row].patches for row in told]).mT  # (B, L, D, N)
         patches = patches.unflatten(-1, (isqrt(patches.shape[-1]), -1))
         patches = torch.stack([one.flip(a) for one, a in zip(patches, axes, strict=True)]).flatten(-2).mT
