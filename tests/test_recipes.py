@@ -76,3 +76,21 @@ def test_an_example_is_called_astray_where_its_patches_and_memory_are_of_another
     assert told == [int(entries[0, 0]) for entries in batch.normals]
     assert said == [(row, row != other) for row, other in enumerate(told)]
     assert 10 < sum(astray for _, astray in said) < 30
+
+
+def test_every_epoch_of_a_diagnosed_world_has_as_many_batches_and_as_many_good_as_defective_pictures(recipe):
+    from talk import Diagnosed
+
+    rng, count = random.Random(2), 400
+    world = object.__new__(Diagnosed)
+    world.known = [{"defects": [0] * (row % 9 > 4)} for row in range(count)]
+    world.chosen = [[0] * rng.choice((0, 1, 2, 4)) for _ in range(count)]
+    world.features = [ImageFeatures(torch.zeros(3), torch.zeros(4, rng.choice((4, 16)), 2)) for _ in range(count)]
+    plans = [world.order(epoch, 0, 8) for epoch in range(20)]
+    assert {len(plan) for plan in plans} == {len(plans[0])}
+    assert plans[0] == world.order(0, 0, 8) != plans[1]
+    bad = [bool(world.known[row]["defects"]) for plan in plans for rows in plan for row in rows]
+    assert abs(sum(bad) / len(bad) - 0.5) < 0.02
+    for rows in plans[0]:
+        assert len({(len(world.chosen[row]), world.features[row].patches.shape) for row in rows}) == 1
+        assert len(set(rows)) == 8

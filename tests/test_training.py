@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import spgdd.training.log
 from conftest import ROOT
 from spgdd import cli
-from spgdd.errors import SpgddError
+from spgdd.errors import DataError, SpgddError
 from spgdd.training import checkpoint, prepare
 from spgdd.training.engine import LossScale, aligned
 from spgdd.training.log import TrainingError
@@ -248,6 +248,21 @@ def test_a_loss_that_is_not_a_number_names_its_batch_and_leaves_the_last_checkpo
     last = checkpoint.load(checkpoint.every(tmp_path / "checkpoints")[-1])
     assert last[1]["step"] == step - 1
     assert all(value.isfinite().all() for values in last[0].values() for value in values.values())
+
+
+class Uneven(TinyData):
+    """Its second epoch is shorter."""
+
+    def order(self, epoch, seed, batch):
+        return super().order(epoch, seed, batch)[epoch:]
+
+
+def test_epochs_of_different_lengths_are_told_before_a_step_of_them_and_do_not_end_a_run_early(tmp_path):
+    options = settings(epochs=2, save_every=1)
+    length = len(Uneven().order(0, options.seed, options.batch))
+    with pytest.raises(DataError, match=f"Epoch 1 has {length - 1} batches, the first {length}: they must be as many"):
+        train(tiny_model(), Uneven(), options, tmp_path)
+    assert checkpoint.load(checkpoint.every(tmp_path / "checkpoints")[-1])[1]["step"] == length
 
 
 # Ranks

@@ -162,12 +162,12 @@ class Diagnosed(World):
 
     def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
         rng, plan, alike = random.Random(f"order {seed} {epoch}"), [], {}
-        good, bad = ([row for row, known in enumerate(self.known) if bool(known["defects"]) == is_bad]
-                     for is_bad in (False, True))  # fmt: skip
-        few = min(len(good), len(bad))
-        for row in rng.sample(good, few) + rng.sample(bad, few):
-            alike.setdefault((len(self.chosen[row]), self.features[row].patches.shape), []).append(row)
-        for rows in alike.values():
+        for row, known in enumerate(self.known):
+            kind = len(self.chosen[row]), self.features[row].patches.shape
+            alike.setdefault(kind, ([], []))[bool(known["defects"])].append(row)
+        for good, bad in alike.values():  # as many of both: every epoch has the same number of batches
+            few = min(len(good), len(bad))
+            rows = rng.sample(good, few) + rng.sample(bad, few)
             rng.shuffle(rows)
             plan += [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
         rng.shuffle(plan)

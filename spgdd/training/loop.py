@@ -110,8 +110,10 @@ def read(data, model: SPGDD, settings: Settings, worker, length: int, done: int,
         first, last = max(done - epoch * length, 0), min(total - epoch * length, length)
         if last <= 0:
             return
-        plan = []
-        for rows in data.order(epoch, settings.seed, settings.batch)[first:last]:
+        plan, order = [], data.order(epoch, settings.seed, settings.batch)
+        if len(order) != length:  # steps and epochs would not be what they are counted as
+            raise DataError(f"Epoch {epoch} has {len(order)} batches, the first {length}: they must be as many.")
+        for rows in order[first:last]:
             if len(rows) % worker.ranks:
                 raise DataError(f"{len(rows)} examples, fewer than a batch, cannot be shared by {worker.ranks} ranks.")
             own = rows[worker.rank :: worker.ranks]
