@@ -253,7 +253,7 @@ def main() -> None:
         print(f"going on after step {start}")
     started = time.perf_counter()
     times = 2 if args.start else 1  # the side of the pictures, in 224 pixels
-    families = sorted(TRAIN_FAMILIES, key=lambda name: name not in TOWER_FAMILIES)[: args.families]
+    families = [*dict.fromkeys((*TOWER_FAMILIES, *TRAIN_FAMILIES))][: args.families]
     pool = Pool(
         args.pool // times**2, device, args.seed + start, families, TRAIN_TYPES[: args.types],
         224 * times, args.disturb, args.coarse,

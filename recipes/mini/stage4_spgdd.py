@@ -44,9 +44,10 @@ def talk(sample: dict, rng: random.Random, astray: bool, turns: int) -> list[dic
         if rng.random() < 0.7:
             topics.insert(0, "verdict")
         return conversation(plain, rng, min(turns, len(FROM_MAPS)), TRAIN_TYPES, topics)
-    first, seed = rng.choice(FROM_PATCHES), rng.random()
+    first = rng.choice(FROM_PATCHES)
     if rng.random() > VERDICT_KNOWN:
         return conversation(sample, rng, turns, TRAIN_TYPES, (first,))
+    seed = rng.random()  # one conversation, told twice: the verdict without the kind
     asked, verdict = conversation(plain, random.Random(seed), 1, TRAIN_TYPES, ("verdict",))
     question, *rest = conversation(sample, random.Random(seed), turns + 1, TRAIN_TYPES, ("verdict", first))[2:]
     folded = fold_history([(asked["value"], verdict["value"])], question["value"])

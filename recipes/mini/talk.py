@@ -163,8 +163,8 @@ class Diagnosed(World):
     def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
         rng, plan, alike = random.Random(f"order {seed} {epoch}"), [], {}
         for row, known in enumerate(self.known):
-            kind = len(self.chosen[row]), self.features[row].patches.shape
-            alike.setdefault(kind, ([], []))[bool(known["defects"])].append(row)
+            key = len(self.chosen[row]), self.features[row].patches.shape
+            alike.setdefault(key, ([], []))[bool(known["defects"])].append(row)
         for good, bad in alike.values():  # as many of both: every epoch has the same number of batches
             few = min(len(good), len(bad))
             rows = rng.sample(good, few) + rng.sample(bad, few)
