@@ -166,21 +166,26 @@ class SPGDD(nn.Module):
 
         18 map tokens, then, where the profile has them, one focus token per tap and the memory tokens.
         """
-        prompts = self._map_tokens(anomaly_map, features.patches)
+        return self.prompts_from(anomaly_map, features.patches, None if bank is None else bank.tokens[None, -1, 0])
+
+    def prompts_from(self, anomaly_map: Tensor, patches: Tensor, entries: Tensor | None) -> Tensor:
+        """``prompt_tokens`` of patches (B, L, N, D) and of G banks, for B/G images each.
+
+        ``entries`` (G, M, D): the banks' patch tokens of the last tap, at the first scale. None: no normal images.
+        """
+        prompts = self._map_tokens(anomaly_map, patches)
         if self.memory_tokens is not None:
-            tokens = None if bank is None else bank.tokens[None]
-            prompts = torch.cat([prompts, self._memory_tokens(anomaly_map, features.patches, tokens)], dim=1)
+            prompts = torch.cat([prompts, self._memory_tokens(anomaly_map, patches, entries)], dim=1)
         return prompts
 
     def _map_tokens(self, anomaly_map: Tensor, patches: Tensor) -> Tensor:
         prompts = self.prompt_learner(anomaly_map)
         return prompts if self.focus is None else torch.cat([prompts, self.focus(patches, anomaly_map)], dim=1)
 
-    def _memory_tokens(self, anomaly_map: Tensor, patches: Tensor, tokens: Tensor | None) -> Tensor:
-        """``tokens`` (G, L, S, M, D) of G banks, as ``Memory.compare`` takes them."""
-        if tokens is None:
+    def _memory_tokens(self, anomaly_map: Tensor, patches: Tensor, entries: Tensor | None) -> Tensor:
+        if entries is None:
             return self.memory_tokens(patches, anomaly_map)
-        entries, gate = tokens[:, -1, 0].to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
+        entries, gate = entries.to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
         query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
         nearest = closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)  # (B, N)
         return self.memory_tokens(patches, anomaly_map, entries, nearest)
@@ -248,11 +253,11 @@ class SPGDD(nn.Module):
                 tokens = self.memory.tokens(given)
             found = zero_shot[part] if tokens is None else self.few_shot_map(patches[part], words[part], tokens, count)
             maps.append(found)
-            banks.append((part, tokens))
+            banks.append((part, None if tokens is None else tokens[:, -1, 0]))
         maps = torch.cat(maps)
         prompts = self._map_tokens(maps, patches)
         if self.memory_tokens is not None:
-            told = [self._memory_tokens(maps[part], patches[part], tokens) for part, tokens in banks]
+            told = [self._memory_tokens(maps[part], patches[part], entries) for part, entries in banks]
             prompts = torch.cat([prompts, torch.cat(told)], dim=1)
         said = self.language.forward_loss(embedding, conversations, prompts, max_length)
         parts, first = {}, counts.count(0)

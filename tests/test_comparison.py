@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import check
+from spgdd.imagebind import ImageFeatures
 from spgdd.loading import load_model
 from spgdd.selfprompt import Comparison
 from spgdd.selfprompt.comparison import EPSILON, probability, word_evidence
@@ -118,3 +119,15 @@ def test_a_batch_of_mixed_shots_is_the_mean_of_its_images(model):
     ]  # fmt: skip
     for name, value in whole.parts.items():
         check(f"mean of {name}", value, sum(single.parts[name] for single in singles) / 2, atol=1e-5)
+
+
+def test_pictures_with_a_bank_each_are_told_of_as_one_by_one(model):
+    features = encode(model, sorted(path.name for path in IMAGES.iterdir())[:6], fit="squash")
+    banks = [model.build_bank(features.patches[first : first + 2], "nut") for first in (2, 4)]
+    maps = torch.rand(2, 1, 224, 224, generator=torch.Generator().manual_seed(0))
+    entries = torch.stack([bank.tokens[-1, 0] for bank in banks])
+    together = model.prompts_from(maps, features.patches[:2], entries)
+    for row, bank in enumerate(banks):
+        one = ImageFeatures(*(part[row : row + 1] for part in features))
+        check(f"picture {row}", together[row], model.prompt_tokens(maps[row : row + 1], one, bank)[0], atol=1e-5)
+    assert not torch.allclose(model.prompts_from(maps, features.patches[:2], entries.flip(0)), together, atol=1e-3)
