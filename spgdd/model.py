@@ -166,16 +166,21 @@ class SPGDD(nn.Module):
 
         18 map tokens, then, where the profile has them, one focus token per tap and the memory tokens.
         """
-        return self.prompts_from(anomaly_map, features.patches, None if bank is None else bank.tokens[None, -1, 0])
+        entries = None if bank is None else bank.tokens[None, -1, 0]
+        return self.prompts_from(anomaly_map, features.patches, [(slice(None), entries)])
 
-    def prompts_from(self, anomaly_map: Tensor, patches: Tensor, entries: Tensor | None) -> Tensor:
-        """``prompt_tokens`` of patches (B, L, N, D) and of G banks, for B/G images each.
+    def prompts_from(
+        self, anomaly_map: Tensor, patches: Tensor, groups: Sequence[tuple[slice, Tensor | None]]
+    ) -> Tensor:
+        """``prompt_tokens`` of patches (B, L, N, D), of groups of images in a row that know equally many normal ones.
 
-        ``entries`` (G, M, D): the banks' patch tokens of the last tap, at the first scale. None: no normal images.
+        A group is its rows and the entries (G, M, D) of G banks: patch tokens of the last tap, at the first scale, for
+        as many images each. None: no normal images.
         """
         prompts = self._map_tokens(anomaly_map, patches)
         if self.memory_tokens is not None:
-            prompts = torch.cat([prompts, self._memory_tokens(anomaly_map, patches, entries)], dim=1)
+            told = [self._memory_tokens(anomaly_map[rows], patches[rows], entries) for rows, entries in groups]
+            prompts = torch.cat([prompts, torch.cat(told)], dim=1)
         return prompts
 
     def _map_tokens(self, anomaly_map: Tensor, patches: Tensor) -> Tensor:
@@ -255,10 +260,7 @@ class SPGDD(nn.Module):
             maps.append(found)
             banks.append((part, None if tokens is None else tokens[:, -1, 0]))
         maps = torch.cat(maps)
-        prompts = self._map_tokens(maps, patches)
-        if self.memory_tokens is not None:
-            told = [self._memory_tokens(maps[part], patches[part], entries) for part, entries in banks]
-            prompts = torch.cat([prompts, torch.cat(told)], dim=1)
+        prompts = self.prompts_from(maps, patches, banks)
         said = self.language.forward_loss(embedding, conversations, prompts, max_length)
         parts, first = {}, counts.count(0)
         if masks is not None:

@@ -57,7 +57,7 @@ def talk(sample: dict, rng: random.Random, astray: bool, turns: int) -> list[dic
 def language_loss(model: SPGDD, features, products, conversations, maps=None, normals=None, max_length=1024):
     """In place of ``SPGDD.training_loss``: of given maps (B, 224, 224), where a trainer expects masks."""
     entries = None if normals[0] is None else torch.stack(normals).float()  # (B, M, D)
-    prompts = model.prompts_from(maps[:, None], features.patches, entries)
+    prompts = model.prompts_from(maps[:, None], features.patches, [(slice(None), entries)])
     said = model.language.forward_loss(features.embedding, conversations, prompts, max_length)
     return TrainingLoss(said.loss, said.loss, {}, said.token_accuracy)
 
