@@ -14,6 +14,7 @@ test:  ## install what the tests need, check the style, run all tests
 	@sh scripts/setup.sh dev
 	@sh scripts/install_chromium.sh
 	@$(PYTHON) -m ruff check .
+	@.venv/bin/lint-imports --no-cache
 	@$(PYTHON) -m pytest
 
 lab:  ## open the course in JupyterLab

@@ -15,9 +15,10 @@ import numpy as np
 from scipy import optimize, special, stats
 
 import spgdd
+from miniworld.tasks import miniworld_tasks
+from miniworld.world import FAMILIES, HELD_OUT_FAMILIES
 from spgdd.calibration import PRIORS, Calibration, upper_bound
-from spgdd.evaluation.protocol import evaluate, folder_tasks, miniworld_tasks
-from spgdd.tadd.miniworld.world import FAMILIES, HELD_OUT_FAMILIES
+from spgdd.evaluation.protocol import evaluate, folder_tasks
 
 RATES = (0.01, 0.05, 0.1)
 SHOTS, SEEDS = (1, 2, 4, 8), (0, 1, 2)

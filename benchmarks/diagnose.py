@@ -13,8 +13,8 @@ import time
 import torch
 
 import spgdd
+from miniworld.world import TYPES, photograph
 from spgdd.imagebind.preprocess import preprocess
-from spgdd.tadd.miniworld.world import TYPES, photograph
 
 
 def seconds(job, repeats: int) -> float:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from spgdd.cli.checks import climb
 from spgdd.imagebind import HUGE, MODALITIES, load_imagebind
-from spgdd.weights.ladder import climb
-from spgdd.weights.standin import standin
 from spgdd.weights.verify import status
+from write_standins import standin
 
 PARTS = ["imagebind-huge", "pandagpt-7b", "anomalygpt-mvtec"]
 

@@ -12,9 +12,10 @@ import time
 import torch
 
 import spgdd
+from miniworld.tasks import miniworld_tasks
 from spgdd.evaluation.ablation import ablate
 from spgdd.evaluation.metrics import summarise
-from spgdd.evaluation.protocol import evaluate, load_batches, miniworld_tasks
+from spgdd.evaluation.protocol import evaluate, load_batches
 from spgdd.reference import encode
 
 BUDGET = 1024  # entries per depth and scale: the patches of four pictures

@@ -19,10 +19,10 @@ import sys
 import time
 from pathlib import Path
 
-from spgdd.weights.standin import standin
+from write_standins import standin
 
 MERGE = (
-    "import sys; from spgdd.weights.vicuna import merge_vicuna; merge_vicuna(*sys.argv[1:], progress=False)"
+    "import sys; from spgdd.weights.merge import merge_vicuna; merge_vicuna(*sys.argv[1:], progress=False)"
 )
 
 

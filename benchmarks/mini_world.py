@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from spgdd.tadd.miniworld import FAMILIES, photograph, possible_types
+from miniworld import FAMILIES, photograph, possible_types
 
 COUNT, ROUNDS = 8, 5
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
 import spgdd
-from spgdd.tadd.miniworld.world import HELD_OUT_FAMILIES, photograph
+from miniworld.world import HELD_OUT_FAMILIES, photograph
 
 SIZE = (4000, 3000)
 DRAWN = 1000  # pixels that the mini world draws of a side; the rest is enlarged, as by a lens, and gets its own noise

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from sklearn.metrics import roc_auc_score
 
+from miniworld import write_world
+from spgdd.data.words import default_question
 from spgdd.diagnosis import says_defective
 from spgdd.loading import load_model
 from spgdd.profiles import get_profile
-from spgdd.tadd.miniworld import write_world
-from spgdd.tadd.words import default_question
 from spgdd.training.data import TrainingData
 from spgdd.training.evaluation import answers
 from spgdd.training.loop import train

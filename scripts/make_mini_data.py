@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from spgdd.tadd.miniworld import Sample, draw_product, write_folder
+from miniworld import Sample, draw_product, write_folder
 
 FOLDER = Path(__file__).resolve().parent.parent / "data" / "mini"
 SEED = 2

@@ -17,7 +17,7 @@ from scipy import special, stats
 from torch import Tensor
 
 from spgdd.errors import SpgddError
-from spgdd.geometry import SIZE
+from spgdd.views import SIZE
 
 ENOUGH = 2  # pictures expected above a threshold before it is an order statistic
 AREA = 0.01  # share of a normal picture that may lie above the outline of regions

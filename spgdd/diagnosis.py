@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from spgdd.calibration import Calibration, Limits
+from spgdd.data.words import default_question
 from spgdd.errors import SpgddError
-from spgdd.geometry import Placement, Region, assemble, find_regions
 from spgdd.images import image_name, read_image
 from spgdd.language import Answer
 from spgdd.reference import Reference, as_told, build_reference, digest, encode, load_reference, view_maps
 from spgdd.report import card, preview, save_report
-from spgdd.tadd.words import default_question
+from spgdd.views import Placement, Region, assemble, find_regions
 
 WHETHER = re.compile(r"\b(is|are) there\b.*\b(anomal|defect|damage|flaw|fault)", re.IGNORECASE | re.DOTALL)
 

@@ -13,7 +13,7 @@ from spgdd.imagebind import TextTokenizer, load_imagebind
 from spgdd.language import LoraSettings, Vicuna
 from spgdd.model import SPGDD
 from spgdd.profiles import Delta, Profile, get_profile, weights_folder
-from spgdd.weights.checkpoint import is_standin, read_tensors
+from spgdd.tensors import is_standin, read_tensors
 from spgdd.weights.delta import apply_delta
 
 

@@ -11,11 +11,11 @@ import torch
 
 from spgdd.calibration import AREA, Calibration, altered_copies
 from spgdd.errors import ImageError, WeightsError
-from spgdd.geometry import SIZE, Placement, assemble
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise
 from spgdd.images import image_name, list_images, read_image
 from spgdd.selfprompt.memory import MemoryBank, rotations
+from spgdd.views import SIZE, Placement, assemble
 
 BATCH = 32  # views that the vision tower takes at once
 COMPARED = 8  # views that the memory takes at once: what it makes of more leaves a processor's cache

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from spgdd.errors import SpgddError
-from spgdd.geometry import Placement
+from spgdd.views import Placement
 
 PREVIEW = 480  # pixels of the longer side of a picture
 PREVIEW_BYTES = 65_000

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
 from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna
-from spgdd.weights.checkpoint import read_tensors
+from spgdd.tensors import read_tensors
 from spgdd.weights.delta import apply_delta, save_delta
 
 PANDA = FIXTURES / "pandagpt"
@@ -202,7 +202,7 @@ def test_a_stopped_save_leaves_the_previous_delta(tmp_path, vicuna, monkeypatch)
         yield b"half"
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("spgdd.weights.checkpoint._blocks", stopped)
+    monkeypatch.setattr("spgdd.tensors._blocks", stopped)
     with pytest.raises(OSError, match="No space"):
         save_delta(vicuna, path, {})
     assert load_file(path).keys() == {"kept"}

@@ -14,18 +14,19 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from conftest import check
 from fake_model import FakeModel, part
+from miniworld.tasks import miniworld_tasks
 from spgdd import diagnosis
+from spgdd.cli.evaluate import add_commands, plot
 from spgdd.diagnosis import Diagnoser
 from spgdd.errors import DataError, SpgddError
 from spgdd.evaluation.ablation import ablate
-from spgdd.evaluation.commands import add_commands, plot
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, named_kind, named_places, summarise, verdict_metrics
-from spgdd.evaluation.protocol import Picture, evaluate, folder_tasks, load_picture, miniworld_tasks
-from spgdd.geometry import Placement, place_of
+from spgdd.evaluation.protocol import Picture, evaluate, folder_tasks, load_picture
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise, to_pixels
 from spgdd.loading import load_model
 from spgdd.selfprompt.focuser import enlarge
+from spgdd.views import Placement
 
 # Metrics
 
@@ -205,7 +206,7 @@ def test_masks_lie_where_the_model_sees_the_defect(folder):
     box = Placement(300, 150, "squash").box_to_picture(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert np.abs(np.array(box) - (230, 90, 270, 110)).max() <= 1
     assert loaded.coverage.mean() == pytest.approx(40 * 20 / (300 * 150), rel=0.01)
-    assert loaded.places == ["right"] and place_of(box, Placement(300, 150, "squash")) == "right"
+    assert loaded.places == ["right"] and Placement(300, 150, "squash").place_of(box) == "right"
     seen = load_picture(task.queries[-1], FakeModel("crop").profile).coverage  # the defect is outside of the centre
     assert seen.shape == (224, 224) and not seen.any()
 

@@ -7,12 +7,12 @@ from PIL import Image
 
 from fake_model import FakeModel, part
 from spgdd.diagnosis import Diagnoser, load
-from spgdd.geometry import Placement, align, assemble, find_regions, place_of
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.reference import as_told, encode, in_tiles
 from spgdd.selfprompt.focuser import enlarge
 from spgdd.selfprompt.memory import on_grid
+from spgdd.views import Placement, align, assemble, find_regions
 
 
 @pytest.mark.parametrize("size", [(300, 600), (900, 400), (224, 224), (61, 50), (1000, 999)])
@@ -102,7 +102,7 @@ def test_regions_are_separate_sorted_and_free_of_specks():
      ((149, 149, 151, 151), "center"), ((0, 99, 0, 101), "top left"), ((201, 201, 300, 300), "bottom right")],
 )  # fmt: skip
 def test_places_are_cut_at_thirds_and_the_cut_belongs_to_the_lower_cell(box, place):
-    assert place_of(box, Placement(300, 300, "squash")) == place
+    assert Placement(300, 300, "squash").place_of(box) == place
 
 
 # Corners, with the weights of mini

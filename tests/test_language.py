@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from conftest import FIXTURES, check
 from spgdd.errors import DataError, SpgddError, WeightsError
 from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna, encode_turns, fold_history
-from spgdd.weights.checkpoint import read_tensors
+from spgdd.tensors import read_tensors
 from spgdd.weights.delta import apply_delta
 
 PANDA = FIXTURES / "pandagpt"

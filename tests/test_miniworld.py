@@ -11,11 +11,7 @@ from PIL import Image
 
 import make_mini_data
 from conftest import check
-from spgdd.errors import DataError
-from spgdd.tadd.describe import contrast_of
-from spgdd.tadd.grammar import SEVERITIES, place_of
-from spgdd.tadd.index import index_folder, read_mask
-from spgdd.tadd.miniworld import (
+from miniworld import (
     FAMILIES,
     HELD_OUT_FAMILIES,
     HELD_OUT_TYPES,
@@ -28,13 +24,18 @@ from spgdd.tadd.miniworld import (
     record,
     write_world,
 )  # fmt: skip
-from spgdd.tadd.miniworld.defects import DEFECTS
-from spgdd.tadd.miniworld.noise import CELLS, CHANNELS, TILE, Dice, atlas, cells, noise
-from spgdd.tadd.miniworld.objects import OBJECTS
-from spgdd.tadd.miniworld.samples import ATTEMPTS
-from spgdd.tadd.miniworld.world import CLEAR_RANDOM, CLEAR_REGULAR, clarity, pose
-from spgdd.tadd.records import read_records
-from spgdd.tadd.words import names_of
+from miniworld.defects import DEFECTS
+from miniworld.noise import CELLS, CHANNELS, TILE, Dice, atlas, cells, noise
+from miniworld.objects import OBJECTS
+from miniworld.samples import ATTEMPTS
+from miniworld.world import CLEAR_RANDOM, CLEAR_REGULAR, clarity, pose
+from spgdd.data.describe import contrast_of
+from spgdd.data.grammar import SEVERITIES
+from spgdd.data.index import index_folder, read_mask
+from spgdd.data.records import read_records
+from spgdd.data.words import names_of
+from spgdd.errors import DataError
+from spgdd.places import place_of
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from spgdd.model import SPGDD
 from spgdd.profiles import get_profile
 from spgdd.selfprompt import rotations
 from spgdd.selfprompt.focuser import zero_shot_logits
-from spgdd.weights.checkpoint import read_tensors
+from spgdd.tensors import read_tensors
 from spgdd.weights.delta import save_delta
 from test_selfprompt import CONFIG, OUTPUTS, TINY, TINY_IMAGEBIND, TRAIN, prompt_learner_weights
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from miniworld import TYPES, describe, photograph, possible_types
+from spgdd.data.grammar import KINDS
 from spgdd.imagebind import ImageFeatures
-from spgdd.tadd.grammar import KINDS
-from spgdd.tadd.miniworld import TYPES, describe, photograph, possible_types
 
 MINI = Path(__file__).parents[1] / "recipes" / "mini"
 
@@ -20,7 +20,7 @@ def recipe(monkeypatch):
 
 @pytest.mark.parametrize("axes", [(), (-1,), (-2,), (-1, -2)])
 def test_mirrored_knowledge_is_that_of_the_mirrored_picture(axes, recipe):
-    from talk import mirrored
+    from worlds import mirrored
 
     numbers = torch.arange(24)
     kinds = torch.tensor(possible_types("wood"))
@@ -60,7 +60,7 @@ def test_where_patches_tell_of_another_picture_no_answer_names_a_kind_and_else_n
 
 
 def test_an_example_is_called_astray_where_its_patches_and_memory_are_of_another_picture(recipe):
-    from talk import Diagnosed
+    from worlds import Diagnosed
 
     count, said = 40, []
     world = object.__new__(Diagnosed)  # as if drawn: a picture's number is the value of all its tokens
@@ -79,7 +79,7 @@ def test_an_example_is_called_astray_where_its_patches_and_memory_are_of_another
 
 
 def test_every_epoch_of_a_diagnosed_world_has_as_many_batches_and_as_many_good_as_defective_pictures(recipe):
-    from talk import Diagnosed
+    from worlds import Diagnosed
 
     rng, count = random.Random(2), 400
     world = object.__new__(Diagnosed)

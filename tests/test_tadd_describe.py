@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spgdd.cli.tadd import add_commands
+from spgdd.data.describe import contrast_of, describe, measure, sample_of, shape_of, write_records
+from spgdd.data.index import index_folder, read_mask
+from spgdd.data.records import read_records
+from spgdd.data.words import conversation
 from spgdd.errors import DataError
-from spgdd.tadd.commands import add_commands
-from spgdd.tadd.describe import contrast_of, describe, measure, sample_of, shape_of, write_records
-from spgdd.tadd.grammar import PLACES, place_of
-from spgdd.tadd.index import index_folder, read_mask
-from spgdd.tadd.records import read_records
-from spgdd.tadd.words import conversation
+from spgdd.places import PLACES, place_of
 
 PLACE = re.compile("|".join(sorted(PLACES, key=len, reverse=True)))  # the longest names first
 

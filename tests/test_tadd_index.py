@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spgdd.data.download import DATASETS, about, download
+from spgdd.data.index import index_folder, read_mask
 from spgdd.errors import DataError, WeightsError
-from spgdd.tadd.download import DATASETS, about, download
-from spgdd.tadd.index import index_folder, read_mask
 
 SPLIT_HEADER = "object,split,label,image,mask"
 

@@ -8,9 +8,8 @@ from scipy.sparse import lil_matrix
 from scipy.sparse.linalg import spsolve
 
 from conftest import check
-from spgdd.tadd.grammar import place_of
-from spgdd.tadd.index import MVTEC_PRODUCTS
-from spgdd.tadd.synthesis import (
+from spgdd.data.index import MVTEC_PRODUCTS
+from spgdd.data.synthesis import (
     DEFAULT,
     SETTINGS,
     Settings,
@@ -19,7 +18,8 @@ from spgdd.tadd.synthesis import (
     poisson_blend,
     synthesise,
 )
-from spgdd.tadd.words import conversation
+from spgdd.data.words import conversation
+from spgdd.places import place_of
 
 
 def texture(seed: int, size: int = 224) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from conftest import FIXTURES, ROOT
 from spgdd.errors import WeightsError
 from spgdd.imagebind import MINI, TextTokenizer, train_text_tokenizer
-from spgdd.imagebind.tokenizer import clean
+from spgdd.imagebind.text_tokenizer import clean
 
 REFERENCE = json.loads((FIXTURES / "tokenizer" / "text_tokens.json").read_text())
 WORDS = "scratch crack dent stain hole missing part photo of the a metal nut screw top left right".split()

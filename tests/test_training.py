@@ -18,12 +18,12 @@ import spgdd.training.log
 from conftest import ROOT
 from spgdd import cli
 from spgdd.errors import DataError, SpgddError
+from spgdd.tensors import read_tensors
 from spgdd.training import checkpoint, prepare
 from spgdd.training.engine import LossScale, aligned
 from spgdd.training.log import TrainingError
 from spgdd.training.loop import pace, train
 from spgdd.training.settings import Settings, load_settings
-from spgdd.weights.checkpoint import read_tensors
 from spgdd.weights.delta import apply_delta
 from tiny_training import TinyData, settings, tiny_model
 

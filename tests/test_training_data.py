@@ -19,14 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import ROOT, check
-from spgdd.ahead import ahead
+from spgdd.data.describe import describe, write_records
+from spgdd.data.index import Index, index_folder, read_mask
 from spgdd.errors import DataError, ImageError
 from spgdd.imagebind.preprocess import preprocess
 from spgdd.images import read_image
 from spgdd.loading import load_model
+from spgdd.prefetch import ahead
 from spgdd.profiles import get_profile
-from spgdd.tadd.describe import describe, write_records
-from spgdd.tadd.index import Index, index_folder, read_mask
 from spgdd.training import cache as cache_module
 from spgdd.training.cache import Picture
 from spgdd.training.data import TrainingData

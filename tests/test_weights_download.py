@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from conftest import ROOT
+from spgdd.data.download import CATALOG
 from spgdd.errors import WeightsError
 from spgdd.profiles import get_profile
-from spgdd.tadd.download import CATALOG
 from spgdd.weights import catalog
 from spgdd.weights.catalog import File
 from spgdd.weights.download import Patience, address, download, fetch

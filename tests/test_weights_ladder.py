@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
+from spgdd.cli import checks as ladder
+from spgdd.cli import weights as commands
 from spgdd.diagnosis import Diagnoser
 from spgdd.loading import load_model
-from spgdd.weights import commands, ladder
-from spgdd.weights.checkpoint import STANDIN
-from spgdd.weights.panel import status_panel, status_table
+from spgdd.tensors import STANDIN
+from spgdd.ui.weights_panel import status_panel, status_table
 from spgdd.weights.verify import FileStatus
 from test_model import TINY_PROFILE, weights  # noqa: F401 (a fixture)
+from write_standins import standin
 
 
 def test_ladder_names_the_rung_that_fails(weights):  # noqa: F811
@@ -68,7 +70,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert run("show", "vicuna-7b-v0", "spgdd-13b") == 0
     shown = capsys.readouterr().out
     assert "ef1b2c502e2eab32176400bd8af8636163619fb04e65c0c0fdea58f1cbe21807" in shown and "licence" in shown
-    assert run("standin", "pandagpt-7b", "--root", tmp_path) == 0
+    standin("pandagpt-7b", tmp_path)
     assert run("verify", "pandagpt-7b", "--root", tmp_path) == 0
     assert "stand-in" in capsys.readouterr().out
     assert run("verify", "anomalygpt-mvtec", "--root", tmp_path) == 1
@@ -93,7 +95,7 @@ def test_table_and_panel(tmp_path):
     assert not buttons.children[2].disabled
 
 
-@pytest.mark.parametrize("action", ["list", "show", "download", "verify", "standin", "merge-vicuna", "check"])
+@pytest.mark.parametrize("action", ["list", "show", "download", "verify", "merge-vicuna", "check"])
 def test_every_action_has_help(action, capsys):
     with pytest.raises(SystemExit) as end:
         run(action, "--help")

@@ -8,12 +8,12 @@ import torch
 
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
+from spgdd.tensors import STANDIN, TensorFile, is_standin, read_tensors, split
 from spgdd.weights.catalog import get_bundle
-from spgdd.weights.checkpoint import STANDIN, TensorFile, is_standin, read_tensors, split
 from spgdd.weights.delta import apply_delta
 from spgdd.weights.download import download
-from spgdd.weights.standin import _tokenizer, bundle_specs, standin, write_pickle
 from spgdd.weights.verify import status
+from write_standins import _tokenizer, bundle_specs, standin, write_pickle
 
 
 @pytest.mark.parametrize(

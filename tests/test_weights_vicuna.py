@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
-from spgdd.weights.checkpoint import STANDIN, TensorFile, is_standin, write_safetensors
+from spgdd.tensors import STANDIN, TensorFile, is_standin, write_safetensors
 from spgdd.weights.llama import llama_specs, recognise
+from spgdd.weights.merge import merge_vicuna
 from spgdd.weights.verify import status, verify
-from spgdd.weights.vicuna import merge_vicuna
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 
@@ -92,7 +92,7 @@ def test_transformers_loads_the_merge(tmp_path):
 
 
 MERGE = (
-    "import sys; from spgdd.weights.vicuna import merge_vicuna; "
+    "import sys; from spgdd.weights.merge import merge_vicuna; "
     "merge_vicuna(*sys.argv[1:4], shard_bytes=9000, progress=False)"
 )
 

@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from conftest import FIXTURES
-from spgdd.tadd.grammar import a, kind_of, place_of, share_words
-from spgdd.tadd.words import (
+from spgdd.data.grammar import a, kind_of, share_words
+from spgdd.data.words import (
     LOOKALIKES,
     PLACES,
     TYPES,
@@ -19,6 +19,7 @@ from spgdd.tadd.words import (
     names_of,
     patch_phrases,
 )
+from spgdd.places import place_of
 
 GRID = [(column, row) for row in range(3) for column in range(3)]
 YES_NO = re.compile(r"(?:^|\. )(?:Is|Are|Does|Can) [^.]*\?$")

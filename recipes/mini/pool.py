@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spgdd.imagebind.preprocess import MEAN, STD
-from spgdd.tadd.miniworld import FAMILIES
-from spgdd.tadd.miniworld.world import (
+from miniworld import FAMILIES
+from miniworld.world import (
     HELD_OUT_FAMILIES,
     HELD_OUT_TYPES,
     TYPES,
@@ -21,6 +20,7 @@ from spgdd.tadd.miniworld.world import (
     photograph,
     possible_types,
 )
+from spgdd.imagebind.preprocess import MEAN, STD
 
 GROUP = 4
 TRAIN_FAMILIES = tuple(name for name in FAMILIES if name not in HELD_OUT_FAMILIES)

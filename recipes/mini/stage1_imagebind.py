@@ -24,17 +24,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pool import TOWER_FAMILIES, TRAIN_FAMILIES, TRAIN_TYPES, Pool
 from safetensors.torch import load_file, save_file
-from texts import CAPTIONS, NAMES, OTHERS, PHRASES, TextBank, build_tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pool import TOWER_FAMILIES, TRAIN_FAMILIES, TRAIN_TYPES, Pool
 from spgdd.imagebind import MINI, ImageBind, TextTokenizer
 from spgdd.selfprompt import memory
 from spgdd.selfprompt.comparison import Comparison, word_evidence
 from spgdd.selfprompt.focuser import PatchDecoder
 from spgdd.selfprompt.memory import Memory
+from texts import CAPTIONS, NAMES, OTHERS, PHRASES, TextBank, build_tokenizer
 
 SCALES = (1, 3)
 

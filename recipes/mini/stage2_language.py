@@ -11,17 +11,17 @@ import random
 import time
 from pathlib import Path
 
-import looks
 import sentencepiece
 import torch
-from pool import TRAIN_TYPES
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import appearance
+from miniworld import FAMILIES
+from pool import TRAIN_TYPES
+from spgdd.data import words
 from spgdd.language.conversation import IGNORE, encode_turns
 from spgdd.language.tokenizer import LlamaTokenizer
-from spgdd.tadd import words
-from spgdd.tadd.grammar import PLACES
-from spgdd.tadd.miniworld import FAMILIES
+from spgdd.places import PLACES
 
 PIECES = 1280
 
@@ -50,7 +50,9 @@ def sample(rng: random.Random) -> dict:
 def talk(rng: random.Random) -> list[dict]:
     """Mostly about defects, as an inspector talks; else about what anyone sees."""
     known = sample(rng)
-    return words.conversation(known, rng, kinds=TRAIN_TYPES) if rng.random() < 0.8 else looks.conversation(known, rng)
+    if rng.random() < 0.8:
+        return words.conversation(known, rng, kinds=TRAIN_TYPES)
+    return appearance.conversation(known, rng)
 
 
 def talks(rng: random.Random, count: int) -> list[list[dict]]:

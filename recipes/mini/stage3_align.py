@@ -9,14 +9,14 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-import looks
 import torch
-from talk import World, bare_model
 
+import appearance
 from spgdd.model import SPGDD, TrainingLoss
 from spgdd.training.loop import train
 from spgdd.training.settings import load_settings
 from spgdd.weights.delta import save_delta
+from worlds import World, bare_model
 
 
 def language_loss(model: SPGDD, features, products, conversations, masks=None, normals=None, max_length=1024):
@@ -35,7 +35,7 @@ def main() -> None:
     torch.manual_seed(3)
     model = bare_model(args.out)
     model.training_loss = partial(language_loss, model)
-    pictures = World(model, args.products, 3, looks.conversation)
+    pictures = World(model, args.products, 3, appearance.conversation)
     settings = load_settings(Path(__file__).with_name("language.yaml"), steps=args.steps, batch=args.batch)
     train(model, pictures, settings, args.out / "stage3", resume=True)
     save_delta(model.language, args.out / "pandagpt_delta.safetensors", {"stage": "PandaGPT-like alignment"})

@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pool import TRAIN_TYPES
-from talk import Diagnosed, bare_model
 
+from pool import TRAIN_TYPES
+from spgdd.data.words import conversation
 from spgdd.language.conversation import fold_history
 from spgdd.model import SPGDD, TrainingLoss
 from spgdd.profiles import LANGUAGE_PARTS, SPGDD_PARTS, Delta
-from spgdd.tadd.words import conversation
 from spgdd.training.loop import train
 from spgdd.training.settings import load_settings
+from worlds import Diagnosed, bare_model
 
 FROM_MAPS = ("verdict", "all_good", "where", "count", "more_than_one", "at_place", "size")  # topics that a map decides
 FROM_PATCHES = ("describe", "kind", "has_kind")

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spgdd.imagebind.tokenizer import TextTokenizer, train_text_tokenizer
+from miniworld import FAMILIES
+from miniworld.world import TYPES
+from spgdd.data import words
+from spgdd.imagebind.text_tokenizer import TextTokenizer, train_text_tokenizer
+from spgdd.places import PLACES
 from spgdd.selfprompt.focuser import text_prompts
-from spgdd.tadd import words
-from spgdd.tadd.grammar import PLACES
-from spgdd.tadd.miniworld import FAMILIES
-from spgdd.tadd.miniworld.world import TYPES
 
 LENGTH = 32  # tokens; all sentences are shorter
 NAMES, OTHERS, CAPTIONS, PHRASES = (

@@ -11,8 +11,9 @@ import numpy as np
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
+from spgdd.data.grammar import KINDS, TYPES, base, is_specific
 from spgdd.diagnosis import says_defective
-from spgdd.tadd.grammar import KINDS, PLACES, TYPES, base, is_specific
+from spgdd.places import PLACES
 
 BINS = 0x7C01  # the float16 numbers from 0 to infinity; their bit patterns rise with them
 FALSE_POSITIVES = 0.3  # PRO is integrated up to this share of good pixels

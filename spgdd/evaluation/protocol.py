@@ -4,7 +4,6 @@ Each picture, whether to diagnose or to remember, is encoded once for all shot s
 """
 
 import random
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,20 +14,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from spgdd.ahead import ahead, wait
 from spgdd.calibration import Calibration
+from spgdd.data.describe import measure
+from spgdd.data.grammar import TYPES, VOCABULARY, base
+from spgdd.data.index import index_folder, read_mask
+from spgdd.data.words import default_question
 from spgdd.diagnosis import Diagnoser, judge, prompt_map, says_defective
 from spgdd.errors import DataError
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, verdict_metrics
-from spgdd.geometry import Placement
 from spgdd.images import read_image
 from spgdd.language.conversation import fold_history
+from spgdd.prefetch import prefetched, results
 from spgdd.profiles import Profile
 from spgdd.reference import BATCH, as_told, build_reference, encode, view_maps
-from spgdd.tadd.describe import measure
-from spgdd.tadd.grammar import TYPES, VOCABULARY, base
-from spgdd.tadd.index import index_folder, read_mask
-from spgdd.tadd.words import default_question
+from spgdd.views import Placement
 
 TOKENS = 64  # longest answer
 KIND_QUESTION = "What kind of defect is it?"
@@ -58,7 +57,7 @@ class Task:
 def folder_tasks(
     folder: str | Path, subsets: Sequence[str] = (), names: dict[str, str] | None = None, limit: int | None = None
 ) -> list[Task]:
-    """The products in a folder of data sets (see ``spgdd.tadd.index``).
+    """The products in a folder of data sets (see ``spgdd.data.index``).
 
     Shots come from the good pictures of "train" and all of "test" is diagnosed; where a data set has no such
     split, every second good picture is kept for shots. ``names``: subset or product to the name to use.
@@ -96,44 +95,6 @@ def _limited(pictures: list[Picture], limit: int | None) -> list[Picture]:
         group = [p for p in pictures if (p.kind == "good") == good]
         kept.update(group if limit is None else rng.sample(group, min(limit, len(group))))
     return [p for p in pictures if p in kept]
-
-
-def miniworld_tasks(families: Sequence[str] = (), products: int = 5, limit: int = 20, normals: int = 16) -> list[Task]:
-    """Generated products that no training run has seen: ``products`` of each family, the same on every call.
-
-    ``families``: by default those held out from training. ``limit`` pictures of each product are drawn good
-    and as many damaged (one too faint to be seen counts as good), ``normals`` more are there to draw shots
-    from. Of the defect types, the held-out ones occur but are not asked for by name.
-    """
-    from spgdd.tadd.miniworld import world
-
-    if unknown := set(families) - set(world.FAMILIES):
-        raise DataError(f"no family {', '.join(sorted(unknown))}; the mini world has {', '.join(world.FAMILIES)}.")
-    tasks, asked = [], frozenset(TYPES) - set(world.HELD_OUT_TYPES)
-    for family in families or world.HELD_OUT_FAMILIES:
-        generator = torch.Generator().manual_seed(zlib.crc32(family.encode()))
-        possible = torch.tensor(world.possible_types(family))
-        name = VOCABULARY["product_names"].get(family, [family.replace("_", " ")])[0]
-        for number in range(products):
-            count = normals + 2 * limit
-            # Training draws seeds below 2**31.
-            seeds = torch.randint(2**31, 2**32, (1 + count,), generator=generator)
-            kinds = possible[torch.randint(len(possible), (count,), generator=generator)]
-            kinds[: normals + limit] = -1
-            pictures = []
-            for part in torch.arange(count).split(BATCH):
-                shots = world.photograph(family, seeds[:1].expand(len(part)), seeds[1:][part], kinds[part])
-                for i, sample in enumerate(world.describe(family, name, shots)):
-                    defects = sample["defects"]
-                    pictures.append(Picture(
-                        f"{family} {number} photo {part[i]}",
-                        shots.images[i].permute(1, 2, 0).numpy(),
-                        defects[0]["type"] if defects else "good",
-                        shots.masks[i].any(0).numpy() if defects else None,
-                        tuple(dict.fromkeys(defect["place"] for defect in defects)),
-                    ))  # fmt: skip
-            tasks.append(Task(family, f"{family} {number}", name, pictures[:normals], pictures[normals:], asked))
-    return tasks
 
 
 def evaluate(
@@ -239,8 +200,8 @@ def load_batches(pictures: Sequence[Picture], profile: Profile) -> Iterator[list
     with ThreadPoolExecutor() as pool:
         batches = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
         decoding = ([pool.submit(load_picture, one, profile) for one in batch] for batch in batches)
-        for futures in ahead(decoding):
-            yield wait(futures)
+        for futures in prefetched(decoding):
+            yield results(futures)
 
 
 def load_picture(picture: Picture, profile: Profile) -> Loaded:

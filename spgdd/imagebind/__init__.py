@@ -1,9 +1,9 @@
 """ImageBind: one embedding space for images, text and four more senses."""
 
 from spgdd.imagebind.config import HUGE, MINI, MODALITIES, ImageBindConfig, TowerConfig
-from spgdd.imagebind.loading import load_imagebind
 from spgdd.imagebind.preprocess import normalise, preprocess, preprocess_thermal, to_pixels
-from spgdd.imagebind.tokenizer import TextTokenizer, train_text_tokenizer
+from spgdd.imagebind.pretrained import load_imagebind
+from spgdd.imagebind.text_tokenizer import TextTokenizer, train_text_tokenizer
 from spgdd.imagebind.towers import ImageBind, ImageFeatures
 
 __all__ = [

@@ -29,15 +29,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from spgdd.ahead import ahead, wait
+from spgdd.data.index import read_mask
+from spgdd.data.synthesis import DEFAULT, Settings, synthesise
 from spgdd.errors import DataError
-from spgdd.geometry import SIZE, Placement
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise, to_pixels
 from spgdd.images import read_image
 from spgdd.model import SPGDD
-from spgdd.tadd.index import read_mask
-from spgdd.tadd.synthesis import DEFAULT, Settings, synthesise
+from spgdd.prefetch import prefetched, results
+from spgdd.views import SIZE, Placement
 
 BATCH = 32  # pictures that the vision tower takes at once
 RECIPE = 1  # number of how pictures become content; another one makes every file anew
@@ -61,7 +61,7 @@ class Seen:
     """A picture as the model gets it: with features, or with pixels that are still to be encoded."""
 
     mask: Tensor  # (224, 224) uint8, 0 to 255: how surely a pixel is defective
-    defects: list[dict]  # of an anomaly, for spgdd.tadd.words
+    defects: list[dict]  # of an anomaly, for spgdd.data.words
     pixels: Tensor | None = None  # (3, 224, 224) uint8
     embedding: Tensor | None = None  # (J,) float32
     patches: Tensor | None = None  # (L, N, D) float16
@@ -140,15 +140,15 @@ class FeatureCache:
             )
             writing = []
             with tqdm(total=len(missing), desc="features", unit="picture", disable=rank > 0 or not missing) as bar:
-                for part, decoded in zip(parts, ahead(decoding), strict=True):
+                for part, decoded in zip(parts, prefetched(decoding), strict=True):
                     if decoded:
-                        seen = wait(future for _, future in decoded)
+                        seen = results(future for _, future in decoded)
                         features = zip(*(column.cpu() for column in encode(self.model, seen)), strict=True)
-                        wait(writing)
+                        results(writing)
                         rows = zip(decoded, seen, features, strict=True)
                         writing = [pool.submit(_write, path, one, *row) for (path, _), one, row in rows]
                     bar.update(len(part))
-            wait(writing)
+            results(writing)
 
     def _missing(self, paths: Sequence[Path]) -> list[Path]:
         """The files that are not there, if there is room for them. Unfinished ones of killed runs are removed."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from torch import Tensor
 
 from spgdd.errors import SpgddError
+from spgdd.tensors import read_tensors, write_json, write_safetensors
 from spgdd.training.engine import MOMENTS
-from spgdd.weights.checkpoint import read_tensors, write_json, write_safetensors
 
 FILES = {"value": "delta.safetensors"} | {kind: f"{kind}.safetensors" for kind in MOMENTS}
 State = Mapping[str, Mapping[str, Tensor]]  # by kind and parameter

@@ -21,17 +21,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spgdd.ahead import ahead, wait
+from spgdd.data.grammar import VOCABULARY
+from spgdd.data.index import Row, index_folder
+from spgdd.data.records import read_records
+from spgdd.data.synthesis import DEFAULT, SETTINGS
+from spgdd.data.words import conversation
 from spgdd.errors import DataError
-from spgdd.geometry import SIZE
 from spgdd.imagebind import ImageFeatures
 from spgdd.model import SPGDD
-from spgdd.tadd.grammar import VOCABULARY
-from spgdd.tadd.index import Row, index_folder
-from spgdd.tadd.records import read_records
-from spgdd.tadd.synthesis import DEFAULT, SETTINGS
-from spgdd.tadd.words import conversation
+from spgdd.prefetch import prefetched, results
 from spgdd.training.cache import FeatureCache, Picture, Seen, encode, look
+from spgdd.views import SIZE
 
 WINDOW = 64  # batches among which examples of like length are put together
 MARKERS = 5  # tokens of the format around a question or an answer, roughly
@@ -79,7 +79,7 @@ class Batch:
 class TrainingData:
     """Examples from a text file about TADD's images, and from a chat file such as PandaGPT's; one may be missing.
 
-    text, images: the text file, and the folder of its images, in layouts that ``spgdd.tadd.index`` knows. An image
+    text, images: the text file, and the folder of its images, in layouts that ``spgdd.data.index`` knows. An image
     outside of them is taken for an "object" without mask and normal pictures.
     chat, chat_images: the same, without masks and products.
     cache: folder of the feature cache; None encodes on the fly, again in each epoch.
@@ -149,9 +149,9 @@ class TrainingData:
 
             def begin(rows: Sequence[int]) -> Future:
                 examples = [readers.submit(self.example, index, epoch) for index in rows]
-                return joiner.submit(lambda: self.collate(wait(examples)))
+                return joiner.submit(lambda: self.collate(results(examples)))
 
-            for batch in ahead(begin(rows) for rows in plan):
+            for batch in prefetched(begin(rows) for rows in plan):
                 yield batch.result()
 
     def example(self, index: int, epoch: int) -> Example:

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from spgdd import __version__
-from spgdd.ahead import ahead
 from spgdd.errors import DataError, SpgddError
 from spgdd.language.conversation import IGNORE, encode_turns
 from spgdd.model import SPGDD
+from spgdd.prefetch import prefetched
 from spgdd.training import checkpoint
 from spgdd.training.engine import ENGINES, micro_batch
 from spgdd.training.evaluation import evaluate
@@ -124,7 +124,7 @@ def read(data, model: SPGDD, settings: Settings, worker, length: int, done: int,
             return [(batch, count(model, batch, settings)) for batch in (next(stream) for _ in parts)]
 
         with ThreadPoolExecutor(1) as pool:
-            for waiting in ahead(pool.submit(step, parts) for parts in plan):
+            for waiting in prefetched(pool.submit(step, parts) for parts in plan):
                 yield waiting.result()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spgdd.errors import WeightsError
-from spgdd.weights.checkpoint import write_safetensors
+from spgdd.tensors import write_safetensors
 
 
 def apply_delta(module: nn.Module, state: Mapping[str, Tensor],

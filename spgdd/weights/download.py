@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from spgdd.errors import WeightsError
 from spgdd.profiles import weights_folder
+from spgdd.tensors import is_standin, part_path, write_json
 from spgdd.weights.catalog import File, readable
-from spgdd.weights.checkpoint import is_standin, part_path, write_json
 from spgdd.weights.plan import plan
 from spgdd.weights.verify import FileStatus, check_file, recheck, remember, status
 

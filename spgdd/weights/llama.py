@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spgdd.errors import WeightsError
-from spgdd.weights.checkpoint import AGAIN, Spec, TensorFile
+from spgdd.tensors import AGAIN, Spec, TensorFile
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin")

@@ -9,8 +9,8 @@ import psutil
 
 from spgdd.errors import WeightsError
 from spgdd.profiles import PROFILES, weights_folder
+from spgdd.tensors import part_path
 from spgdd.weights.catalog import Bundle, File, readable
-from spgdd.weights.checkpoint import part_path
 from spgdd.weights.verify import missing_bundles, status
 
 

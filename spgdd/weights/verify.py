@@ -9,10 +9,10 @@ from pathlib import Path
 
 from spgdd.errors import WeightsError
 from spgdd.profiles import weights_folder
+from spgdd.tensors import TensorFile, is_standin, is_web_page, part_path, sha256_of, write_json
 from spgdd.weights.catalog import Bundle, File, get_bundle, get_bundles, known_wrong, readable
-from spgdd.weights.checkpoint import TensorFile, is_standin, is_web_page, part_path, sha256_of, write_json
 from spgdd.weights.llama import recognise
-from spgdd.weights.vicuna import MERGE_REPORT
+from spgdd.weights.merge import MERGE_REPORT
 
 RECORD = "verified.json"  # in the weights folder: what was verified, how, and size and time of each file then
 _lock = threading.Lock()

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from spgdd.imagebind.preprocess import to_pixels
-from spgdd.tadd.words import PLACES
+from spgdd.places import place_of
 
 SIZE, PATCH = 224, 14  # pixels of the model's square and of one patch
 GRID = SIZE // PATCH
@@ -102,6 +102,11 @@ class Placement:
         )
         return left, top, right, bottom
 
+    def place_of(self, box: tuple[int, int, int, int]) -> str:
+        """Cell of the 3 x 3 grid with the box's centre; a centre on a cut belongs to the left or upper cell."""
+        x0, y0, x1, y1 = box
+        return place_of((x0 + x1) / (2 * self.width), (y0 + y1) / (2 * self.height))
+
 
 @dataclass(frozen=True)
 class Region:
@@ -109,7 +114,7 @@ class Region:
 
     box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels of the picture; x1 and y1 lie outside
     area_share: float  # of the whole picture, 0..1
-    place: str  # of the box's centre: one of spgdd.tadd.words.PLACES
+    place: str  # of the box's centre: one of spgdd.data.words.PLACES
     peak: float  # largest map value in it
 
 
@@ -125,19 +130,10 @@ def find_regions(square_map: np.ndarray, outline: float, peak: float, placement:
         edges = (columns.start, rows.start, columns.stop, rows.stop)
         box = placement.box_to_picture(*(edge * pixel for edge in edges))
         area_share = values.size * placement.seen_share / square_map.size
-        found.append((values.size, Region(box, area_share, place_of(box, placement), float(values.max()))))
+        found.append((values.size, Region(box, area_share, placement.place_of(box), float(values.max()))))
     found.sort(key=lambda item: -item[1].peak)
     kept = [region for size, region in found if size >= SPECK and region.peak >= peak]
     return tuple(kept or [region for _, region in found[:1]])
-
-
-def place_of(box: tuple[int, int, int, int], placement: Placement) -> str:
-    """Cell of the 3 x 3 grid with the box's centre; a centre on a cut belongs to the left or upper cell."""
-    column, row = (
-        sum(3 * (low + high) > 2 * cut * length for cut in (1, 2))  # in whole numbers: exact on the cut
-        for low, high, length in zip(box[:2], box[2:], (placement.width, placement.height), strict=True)
-    )
-    return PLACES[3 * row + column]
 
 
 def assemble(corner_maps: np.ndarray, share: float = 0.0, joint: bool = False) -> tuple[float, np.ndarray]:

@@ -28,7 +28,6 @@ def add_commands(subparsers) -> argparse.ArgumentParser:
     action("download", _download, "fetch what is missing: resumed, verified, mirrors in turn").add_argument(
         "--yes", action="store_true", help="do not ask; you have read the licences with `show`")
     action("verify", _verify, "read every byte and compare with what is published")
-    action("standin", _standin, "write random files of the exact names and shapes, to rehearse")
     merge = action("merge-vicuna", _merge, "Vicuna v0 = LLaMA + delta, in little memory", names=False)
     merge.add_argument("size", choices=("7b", "13b"))
     for option, where in (("--base", "llama_ckpt/SIZE"), ("--delta", "vicuna_ckpt/SIZE_delta_v0"),
@@ -86,16 +85,8 @@ def _verify(args) -> int:
     return _print_rows(verify(args.names, args.root))
 
 
-def _standin(args) -> int:
-    from spgdd.weights.standin import standin
-
-    written = standin(args.names, args.root)
-    print(f"{len(written)} stand-in files written: random values, and marked as such.")
-    return 0
-
-
 def _merge(args) -> int:
-    from spgdd.weights.vicuna import merge_vicuna
+    from spgdd.weights.merge import merge_vicuna
 
     root = weights_folder(args.root)
     out = Path(args.out or root / f"vicuna_ckpt/{args.size}_v0")
@@ -106,7 +97,7 @@ def _merge(args) -> int:
 
 
 def _check(args) -> int:
-    from spgdd.weights.ladder import climb
+    from spgdd.cli.checks import climb
 
     failed = False
     for rung in climb(args.profile, args.root, device=args.device, quantize=args.quantize):

@@ -1,6 +1,6 @@
 """Objects of the mini world: what a good part looks like on its bench, as functions of position.
 
-Families as in :mod:`spgdd.tadd.miniworld.textures`, but they end: ``inside`` of their :class:`Surface` is the part.
+Families as in :mod:`miniworld.textures`, but they end: ``inside`` of their :class:`Surface` is the part.
 """
 
 import math
@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from spgdd.tadd.miniworld.noise import Dice, noise
-from spgdd.tadd.miniworld.surface import Surface, box, colour, fill, fold, mix, polygon, wave
-from spgdd.tadd.miniworld.textures import label
+from miniworld.noise import Dice, noise
+from miniworld.surface import Surface, box, colour, fill, fold, mix, polygon, wave
+from miniworld.textures import label
 
 
 def on_background(x, y, d, body: Tensor, height: Tensor, inside: Tensor) -> Surface:

@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from spgdd.tadd.grammar import VOCABULARY, place_of
-from spgdd.tadd.index import Index, Row, read_mask
-from spgdd.tadd.words import TOPICS, conversation
+from spgdd.data.grammar import VOCABULARY
+from spgdd.data.index import Index, Row, read_mask
+from spgdd.data.words import TOPICS, conversation
+from spgdd.places import place_of
 
 GAP = 0.02  # pieces of a mask that are nearer than this share of the longer side are one defect
 SPECK = 0.01  # pieces below this share of the mask are not counted as defects of their own

@@ -1,67 +1,12 @@
-"""The command ``spgdd``: one sub-command per job. Nothing heavy is imported before a job starts.
-
-    spgdd diagnose part.png --normal good/ --product "metal nut" --json result.json --report result.html
-
-Exit status: 0 all well, 1 something could not be done (a line on stderr says what), 2 wrong usage.
-"""
+"""`spgdd diagnose`: pictures in, a line for each out."""
 
 import argparse
-import io
-import os
 import sys
 from pathlib import Path
 
 from spgdd import __version__
+from spgdd.cli.common import add_model_options, complain, model_options
 from spgdd.errors import ImageError, SpgddError
-from spgdd.evaluation.commands import add_commands as add_evaluate
-from spgdd.memory_commands import add_commands as add_memory
-from spgdd.tadd.commands import add_commands as add_tadd
-from spgdd.training.commands import add_commands as add_train
-from spgdd.weights.commands import add_commands as add_weights
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="spgdd", description="Find, show and explain product defects.")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it before all else
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_diagnose, add_memory, add_evaluate, add_train, add_weights, add_tadd):
-        add(commands).add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
-    try:
-        return options.run(options)
-    except SpgddError as error:
-        if options.debug:
-            raise
-        complain(error)
-        return 1
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
-    except BrokenPipeError:  # whoever reads stdout, `head` for example, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def complain(message) -> None:
-    print(f"spgdd: {message}", file=sys.stderr)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, from where, on what."""
-    add = parser.add_argument
-    add("--profile", default="mini", help="mini (default), anomalygpt-7b, spgdd-7b or spgdd-13b")
-    add("--root", type=Path, metavar="DIR", help="folder of the weights (default: pretrained_ckpt)")
-    add("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
-    add("--quantize", choices=("8bit", "4bit"), help="shrink the language model on a GPU (needs bitsandbytes)")
-
-
-def model_options(options: argparse.Namespace) -> dict:
-    """What ``add_model_options`` read, as ``spgdd.load`` takes it."""
-    return {name: getattr(options, name) for name in ("profile", "root", "device", "quantize")}
 
 
 def add_diagnose(commands) -> argparse.ArgumentParser:

@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from spgdd.errors import DataError
-from spgdd.tadd.describe import write_records
-from spgdd.tadd.miniworld.world import (
+from miniworld.world import (
     FAMILIES,
     HELD_OUT_FAMILIES,
     HELD_OUT_TYPES,
@@ -22,7 +20,9 @@ from spgdd.tadd.miniworld.world import (
     photograph,
     possible_types,
 )
-from spgdd.tadd.words import conversation, names_of
+from spgdd.data.describe import write_records
+from spgdd.data.words import conversation, names_of
+from spgdd.errors import DataError
 
 ATTEMPTS = 20  # photographs tried for one that shows its defect
 QUALITY = 88  # of JPEG files
@@ -32,7 +32,7 @@ PICTURES = 8  # photographs of each product of a world
 class Sample(NamedTuple):
     image: np.ndarray  # (S, S, 3) uint8
     mask: np.ndarray  # (S, S) bool, True on defects
-    known: dict  # for spgdd.tadd.words: product, family, size, defects
+    known: dict  # for spgdd.data.words: product, family, size, defects
 
 
 def draw_product(

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from miniworld import draw_product
+from spgdd.data.words import default_question
 from spgdd.diagnosis import Diagnoser, says_defective
 from spgdd.errors import WeightsError
 from spgdd.imagebind import preprocess
@@ -18,8 +20,6 @@ from spgdd.language.conversation import ASSISTANT
 from spgdd.loading import load_deltas, load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import Profile, get_profile, weights_folder
-from spgdd.tadd.miniworld import draw_product
-from spgdd.tadd.words import default_question
 
 CAPITAL, COLOUR = "What is the capital of France?", "What colour is the shape in the image?"
 THING = "What is in the image?"

@@ -10,8 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spgdd.errors import WeightsError
-from spgdd.weights.catalog import readable
-from spgdd.weights.checkpoint import (
+from spgdd.tensors import (
     STANDIN,
     Spec,
     is_standin,
@@ -21,6 +20,7 @@ from spgdd.weights.checkpoint import (
     write_json,
     write_safetensors,
 )
+from spgdd.weights.catalog import readable
 from spgdd.weights.llama import INDEXES, Shards, recognise
 
 TOKENIZER = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")

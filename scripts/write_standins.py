@@ -1,8 +1,11 @@
-"""Stand-ins: files with the names, keys, shapes, dtypes and shards of the published ones, and random values.
+"""Write stand-ins: files with the names, keys, shapes, dtypes and shards of the published ones, and random values.
+
+    python scripts/write_standins.py anomalygpt-7b --root FOLDER    # 19 GB, some minutes
 
 A class can rehearse every step with them, and tests can measure at full size, without licence and download.
 """
 
+import argparse
 import math
 import shutil
 import struct
@@ -22,8 +25,8 @@ from spgdd.errors import WeightsError
 from spgdd.imagebind import HUGE, MODALITIES, ImageBind
 from spgdd.profiles import weights_folder
 from spgdd.selfprompt import PatchDecoder, PromptLearner
+from spgdd.tensors import STANDIN, Spec, is_standin, spec_bytes, split, write_json
 from spgdd.weights.catalog import Bundle, get_bundle, get_bundles, readable
-from spgdd.weights.checkpoint import STANDIN, Spec, is_standin, spec_bytes, split, write_json
 from spgdd.weights.llama import llama_specs
 from spgdd.weights.plan import refuse_strangers
 
@@ -191,3 +194,19 @@ def _field(number: int, value: int | bytes) -> bytes:
 def _varint(value: int) -> bytes:
     low, rest = value & 127, value >> 7
     return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", metavar="NAME", help="profiles or parts, see `spgdd weights list`")
+    parser.add_argument("--root", type=Path, help="weights folder (default: $SPGDD_WEIGHTS or pretrained_ckpt)")
+    arguments = parser.parse_args()
+    try:
+        written = standin(arguments.names, arguments.root)
+    except WeightsError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"{len(written)} stand-in files written: random values, and marked as such.")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,9 @@ alone. Answers never name a product that the human has not named. A yes/no quest
 
 import random
 
-from spgdd.tadd import grammar
-from spgdd.tadd.grammar import PLACES, TYPES, VOCABULARY, a, finding, kind_of, place_of, places_of, the
+from spgdd.data import grammar
+from spgdd.data.grammar import TYPES, VOCABULARY, a, finding, kind_of, places_of, the
+from spgdd.places import PLACES, place_of
 
 TOPICS = VOCABULARY["topics"]
 OFTEN = ("where", "kind", "describe")  # topics with a double chance

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from spgdd.tadd.miniworld.noise import Dice, noise
-from spgdd.tadd.miniworld.surface import Surface, box, colour, fill, fold, mix, wave
+from miniworld.noise import Dice, noise
+from miniworld.surface import Surface, box, colour, fill, fold, mix, wave
 
 
 def brushed_metal(x: Tensor, y: Tensor, d: Dice) -> Surface:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spgdd.tadd.miniworld.noise import Dice
+from miniworld.noise import Dice
 
 
 class Surface(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spgdd.tadd.miniworld.noise import Dice, noise
-from spgdd.tadd.miniworld.surface import colour, fill, mix
+from miniworld.noise import Dice, noise
+from miniworld.surface import colour, fill, mix
 
 Range = tuple[float, float]
 SHAPES = ("blob", "curve", "dots")

@@ -11,23 +11,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pool import TRAIN_FAMILIES, TRAIN_TYPES
 from tqdm import tqdm
 
+from miniworld import TYPES, describe, photograph, possible_types
+from miniworld.world import Photographs
+from pool import TRAIN_FAMILIES, TRAIN_TYPES
+from spgdd.data import words
 from spgdd.diagnosis import prompt_map
-from spgdd.geometry import SIZE, assemble
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise
 from spgdd.loading import load_model
 from spgdd.model import SPGDD
+from spgdd.places import PLACES
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
 from spgdd.reference import as_told, encode, view_maps
-from spgdd.tadd import words
-from spgdd.tadd.grammar import PLACES
-from spgdd.tadd.miniworld import TYPES, describe, photograph, possible_types
-from spgdd.tadd.miniworld.world import Photographs
+from spgdd.tensors import read_tensors
 from spgdd.training.data import Batch
-from spgdd.weights.checkpoint import read_tensors
+from spgdd.views import SIZE, assemble
 from spgdd.weights.delta import apply_delta
 
 PICTURES, GOOD = 9, 5  # of a product; the good ones come first

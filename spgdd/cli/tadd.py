@@ -7,7 +7,7 @@ from pathlib import Path
 
 def add_commands(subparsers) -> argparse.ArgumentParser:
     """Add the `tadd` command to the sub-parsers of `spgdd`; each action sets `run(args) -> exit status`."""
-    from spgdd.tadd.download import DATASETS
+    from spgdd.data.download import DATASETS
 
     parser = subparsers.add_parser("tadd", help="index data sets, write TADD_text.json, download")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
@@ -45,7 +45,7 @@ def _folder_action(actions, name: str, run, help: str):
 
 
 def _index(args) -> int:
-    from spgdd.tadd.index import index_folder
+    from spgdd.data.index import index_folder
 
     table = index_folder(args.folder, args.visa_split, check=not args.quick)
     counts = Counter((row.subset, row.product, row.split or "-", row.defect_type == "good")
@@ -63,8 +63,8 @@ def _index(args) -> int:
 
 
 def _describe(args) -> int:
-    from spgdd.tadd.describe import describe, write_records
-    from spgdd.tadd.index import index_folder
+    from spgdd.data.describe import describe, write_records
+    from spgdd.data.index import index_folder
 
     table = index_folder(args.folder, args.visa_split)
     records = describe(table, args.seed)
@@ -75,7 +75,7 @@ def _describe(args) -> int:
 
 
 def _world(args) -> int:
-    from spgdd.tadd.miniworld import write_world
+    from miniworld import write_world
 
     records = write_world(args.folder, args.products, args.seed, args.families, args.held_out)
     print(f"{args.folder}: {len(records)} pictures of {args.products} products, and TADD_text.json")
@@ -83,7 +83,7 @@ def _world(args) -> int:
 
 
 def _download(args) -> int:
-    from spgdd.tadd.download import DATASETS, about, download
+    from spgdd.data.download import DATASETS, about, download
 
     print(about(args.name, args.root))
     if "files" not in DATASETS[args.name]:

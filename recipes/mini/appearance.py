@@ -4,7 +4,7 @@ import colorsys
 import random
 from collections.abc import Sequence
 
-from spgdd.tadd.grammar import a
+from spgdd.data.grammar import a
 
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")  # by hue, 60 degrees each
 TONES = ("dark", "neither dark nor bright", "bright")

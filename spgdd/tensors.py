@@ -64,7 +64,7 @@ def is_web_page(path: Path) -> bool:
 
 
 def is_standin(path: str | Path) -> bool:
-    """Whether a file, or any file below a folder, comes from `spgdd weights standin`, directly or by a merge.
+    """Whether a file, or any file below a folder, comes from scripts/write_standins.py, directly or by a merge.
 
     The mark stands inside each file: in the header of .safetensors, in the zip comment of .pt, .pth and .bin,
     as a key of .json. It travels with the file and needs no file beside it.

@@ -8,16 +8,9 @@ from pathlib import Path
 VOCABULARY = json.loads(Path(__file__).with_name("vocabulary.json").read_text(encoding="utf-8"))
 KINDS = VOCABULARY["kinds"]
 TYPES = tuple(name for name, kind in KINDS.items() if "surface" in kind)
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 SEVERITIES = ("minor", "moderate", "severe")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 FAINT, STRONG = 0.06, 0.2  # contrast (of 0..1) up to which a defect is faint, from which on it is easy to see
-
-
-def place_of(x: float, y: float) -> str:
-    """Name of the 3x3 cell of a point, in shares of width and height; the cuts belong to the cell before."""
-    column, row = (int(value > 1 / 3) + int(value > 2 / 3) for value in (x, y))
-    return PLACES[3 * row + column]
 
 
 def a(name: str) -> str:

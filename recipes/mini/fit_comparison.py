@@ -1,6 +1,6 @@
 """Settle what stage 1 leaves open. Photographs chose it, and a generated world would choose otherwise (README.md).
 
-python recipes/mini/settle.py --out runs/mini        # some minutes on two CPU cores
+python recipes/mini/fit_comparison.py --out runs/mini        # some minutes on two CPU cores
 """
 
 import argparse
@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
-from talk import Diagnosed, bare_model
 from torch import Tensor
+
+from worlds import Diagnosed, bare_model
 
 STEEPNESS = 16.0  # of the memory's distances
 MIDDLE = -8.0  # bias to begin with

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy import fft, ndimage
 
-from spgdd.tadd.grammar import place_of
+from spgdd.places import place_of
 
 TRIES = 200
 MIN_VISIBLE = 20  # pixels of 224 x 224 with a label above 0.3, the threshold of the training loss

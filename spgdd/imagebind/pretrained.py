@@ -7,7 +7,7 @@ import torch
 from spgdd.errors import WeightsError
 from spgdd.imagebind.config import MODALITIES, ImageBindConfig
 from spgdd.imagebind.towers import ImageBind
-from spgdd.weights.checkpoint import read_tensors
+from spgdd.tensors import read_tensors
 
 
 def load_imagebind(

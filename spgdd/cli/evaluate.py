@@ -23,7 +23,7 @@ TEXT = {
 
 def add_commands(subparsers) -> argparse.ArgumentParser:
     """Add the `evaluate` command to the sub-parsers of `spgdd`; it sets `run(args) -> exit status`."""
-    from spgdd.cli import add_model_options
+    from spgdd.cli.common import add_model_options
 
     about = "measure how good the diagnoses are, with k normal pictures"
     parser = subparsers.add_parser("evaluate", help=about, description=about, epilog="All figures are percentages.")
@@ -50,14 +50,16 @@ def add_commands(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from spgdd.cli import model_options
+    from spgdd.cli.common import model_options
     from spgdd.evaluation.metrics import summarise
-    from spgdd.evaluation.protocol import evaluate, folder_tasks, miniworld_tasks
+    from spgdd.evaluation.protocol import evaluate, folder_tasks
 
     names = dict(_pair(text, "--product") for text in args.product)
     settings = {key: _value(value) for key, value in (_pair(text, "--set") for text in args.set)}
     variants = _read_variants(args.ablate) if args.ablate else {"": {}}
     if args.data == "miniworld":
+        from miniworld.tasks import miniworld_tasks
+
         tasks = miniworld_tasks(args.subsets, args.draws, args.limit or 20)
     else:
         tasks = folder_tasks(args.data, args.subsets, names, args.limit)

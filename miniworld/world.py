@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spgdd.tadd.grammar import place_of
-from spgdd.tadd.miniworld.defects import DEFECTS, SLOTS, TYPES, Damage, column
-from spgdd.tadd.miniworld.noise import Dice, noise
-from spgdd.tadd.miniworld.objects import OBJECTS
-from spgdd.tadd.miniworld.surface import mix
-from spgdd.tadd.miniworld.textures import TEXTURES
+from miniworld.defects import DEFECTS, SLOTS, TYPES, Damage, column
+from miniworld.noise import Dice, noise
+from miniworld.objects import OBJECTS
+from miniworld.surface import mix
+from miniworld.textures import TEXTURES
+from spgdd.places import place_of
 
 FAMILIES = TEXTURES | OBJECTS
 HELD_OUT_FAMILIES = ("leather", "tile", "gear", "cable")  # never in training
@@ -220,7 +220,7 @@ def measure(masks: Tensor) -> Tensor:
 
 
 def describe(family: str, product: str, shots: Photographs) -> list[dict]:
-    """What is known about each photograph, as plain data for :mod:`spgdd.tadd.words`."""
+    """What is known about each photograph, as plain data for :mod:`spgdd.data.words`."""
     size = shots.images.shape[-1]
     across, down = shots.masks.any(-2), shots.masks.any(-1)  # (B, SLOTS, S)
     ends = [v for line in (across, down) for v in (line.int().argmax(-1), size - line.flip(-1).int().argmax(-1))]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 def add_commands(subparsers) -> argparse.ArgumentParser:
     """Add `memory` to the sub-parsers of `spgdd`; every action sets `run(options)` -> exit status."""
-    from spgdd.cli import add_model_options
+    from spgdd.cli.common import add_model_options
 
     parser = subparsers.add_parser("memory", help="keep what normal pictures look like in a file")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
@@ -34,7 +34,7 @@ def add_commands(subparsers) -> argparse.ArgumentParser:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from spgdd.cli import model_options
+    from spgdd.cli.common import model_options
     from spgdd.diagnosis import load
 
     diagnoser = load(**model_options(options))

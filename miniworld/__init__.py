@@ -1,8 +1,8 @@
 """The mini world: generated photographs of products, good or damaged, with everything known about them."""
 
-from spgdd.tadd.miniworld.defects import SLOTS, TYPES
-from spgdd.tadd.miniworld.samples import Sample, draw_product, record, write_folder, write_world
-from spgdd.tadd.miniworld.world import (
+from miniworld.defects import SLOTS, TYPES
+from miniworld.samples import Sample, draw_product, record, write_folder, write_world
+from miniworld.world import (
     FAMILIES,
     HELD_OUT_FAMILIES,
     HELD_OUT_TYPES,

@@ -1,0 +1,51 @@
+"""The one writer of files: whole or not at all."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from spgdd.errors import SpgddError
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write bytes to, which gets its name when it is complete and on the disk; its folders are made.
+
+    Links are followed, and what is no regular file, such as a device or a pipe, is written to as it is. Raises
+    SpgddError with the reason where writing fails; what was there before is then still there.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as file:
+                yield file
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.part")  # others may write it too
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+    except OSError as error:
+        raise SpgddError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """Write a text in UTF-8; what UTF-8 cannot say, as in some file names, is written as an escape."""
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))
+    return Path(path)
+
+
+def write_json(path: str | os.PathLike, content, indent: int | None = 2) -> Path:
+    """Write JSON values."""
+    return write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
