@@ -20,7 +20,7 @@ RECORD = FIXTURES / "frozen.json"
 QUERIES = ("gear/test/stain/000", "weave/test/hole/000", "screw/test/good/000", "pill/test/thread/000",
            "circuit_board/test/glue/000", "wood/test/burn/000")  # fmt: skip
 NORMALS = 0, 1, 2  # data/mini has two good pictures a product; a third one is its good test picture
-STEP = 16  # pixels between the map values that are kept
+STEP = 32  # pixels between the map values that are kept
 
 
 def diagnoses() -> dict[str, dict]:
