@@ -7,12 +7,12 @@ from miniworld.world import (
     HELD_OUT_FAMILIES,
     HELD_OUT_TYPES,
     Photographs,
-    describe,
+    ground_truth,
     photograph,
     possible_types,
 )
 
 __all__ = [
-    "FAMILIES", "HELD_OUT_FAMILIES", "HELD_OUT_TYPES", "SLOTS", "TYPES", "Photographs", "Sample", "describe",
+    "FAMILIES", "HELD_OUT_FAMILIES", "HELD_OUT_TYPES", "SLOTS", "TYPES", "Photographs", "Sample", "ground_truth",
     "draw_product", "photograph", "possible_types", "record", "write_folder", "write_world",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from miniworld.world import (
     HELD_OUT_FAMILIES,
     HELD_OUT_TYPES,
     TYPES,
-    describe,
+    ground_truth,
     photograph,
     possible_types,
 )
@@ -56,7 +56,7 @@ def draw_product(
     for attempt in range(ATTEMPTS):
         photos = product + left + 1000 * attempt
         shots = photograph(family, torch.full_like(left, product), photos, wanted[left], size)
-        known = describe(family, name or family.replace("_", " "), shots)
+        known = ground_truth(family, name or family.replace("_", " "), shots)
         for row in (shots.types == wanted[left]).nonzero()[:, 0].tolist():
             image = shots.images[row].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
             samples[left[row].item()] = Sample(image, shots.masks[row].any(0).numpy(), known[row])
@@ -95,7 +95,7 @@ def _photographs(family: str, number: int, seed: int, types: Sequence[str]) -> I
     kinds = torch.tensor([-1] * (PICTURES // 2) + rng.choices(possible, k=PICTURES // 2))
     photos = torch.tensor([rng.randrange(2**31) for _ in kinds])  # evaluations draw theirs above
     shots = photograph(family, torch.full_like(photos, rng.randrange(2**31)), photos, kinds)
-    for row, known in enumerate(describe(family, name, shots)):
+    for row, known in enumerate(ground_truth(family, name, shots)):
         kind = known["defects"][0]["type"].replace(" ", "_") if known["defects"] else "good"
         split = "train" if row < PICTURES // 2 - 1 else "test"
         image = shots.images[row].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)

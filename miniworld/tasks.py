@@ -36,7 +36,7 @@ def miniworld_tasks(families: Sequence[str] = (), products: int = 5, limit: int 
             pictures = []
             for part in torch.arange(count).split(BATCH):
                 shots = world.photograph(family, seeds[:1].expand(len(part)), seeds[1:][part], kinds[part])
-                for i, sample in enumerate(world.describe(family, name, shots)):
+                for i, sample in enumerate(world.ground_truth(family, name, shots)):
                     defects = sample["defects"]
                     pictures.append(Picture(
                         f"{family} {number} photo {part[i]}",

@@ -210,7 +210,7 @@ def _spoil(family: str, scene: Scene, view: tuple[Tensor, Tensor], slots: Tensor
     return image, masks, contrast
 
 
-def measure(masks: Tensor) -> Tensor:
+def areas_and_centres(masks: Tensor) -> Tensor:
     """Area and centroid of masks (..., S, S): (..., 3) float32, all as shares of the picture; nan centroid if empty."""
     size = masks.shape[-1]
     at = (torch.arange(size, device=masks.device) + 0.5) / size
@@ -219,12 +219,12 @@ def measure(masks: Tensor) -> Tensor:
     return torch.stack((total / size**2, (columns * at).sum(-1) / total, (rows * at).sum(-1) / total), -1)
 
 
-def describe(family: str, product: str, shots: Photographs) -> list[dict]:
+def ground_truth(family: str, product: str, shots: Photographs) -> list[dict]:
     """What is known about each photograph, as plain data for :mod:`spgdd.data.words`."""
     size = shots.images.shape[-1]
     across, down = shots.masks.any(-2), shots.masks.any(-1)  # (B, SLOTS, S)
     ends = [v for line in (across, down) for v in (line.int().argmax(-1), size - line.flip(-1).int().argmax(-1))]
-    known = torch.cat([measure(shots.masks), shots.contrast[..., None], torch.stack(ends, -1)], -1).tolist()
+    known = torch.cat([areas_and_centres(shots.masks), shots.contrast[..., None], torch.stack(ends, -1)], -1).tolist()
     samples = []
     for kind, slots in zip(shots.types.tolist(), known, strict=True):
         defects = []

@@ -17,8 +17,8 @@ from miniworld import (
     HELD_OUT_TYPES,
     SLOTS,
     TYPES,
-    describe,
     draw_product,
+    ground_truth,
     photograph,
     possible_types,
     record,
@@ -275,9 +275,9 @@ def test_any_size():
 # words
 
 
-def test_describe_tells_what_the_masks_show(gallery):
+def test_ground_truth_tells_what_the_masks_show(gallery):
     for family, (bad, _) in gallery.items():
-        for row, sample in enumerate(describe(family, "thing", bad)):
+        for row, sample in enumerate(ground_truth(family, "thing", bad)):
             masks = [mask.numpy() for mask in bad.masks[row] if mask.any()]
             assert sample["product"] == "thing" and sample["family"] == family and sample["size"] == [224, 224]
             assert len(sample["defects"]) == len(masks)

@@ -1,4 +1,4 @@
-"""Settle what stage 1 leaves open. Photographs chose it, and a generated world would choose otherwise (README.md).
+"""Fix how memory and words are joined, which stage 1 leaves open; photographs chose it (LOG.md).
 
 python recipes/mini/fit_comparison.py --out runs/mini        # some minutes on two CPU cores
 """
@@ -20,12 +20,12 @@ MIDDLE = -8.0  # bias to begin with
 TRUSTED = (0, 1, 2)  # taps whose words count: the last one knows the generated world by heart
 COMPARED = (1, 2, 3)  # taps whose distances count: the first one sees too little
 SHRINK = 0.5  # exponent of the learned gates: half way to none
-NEVER = -20.0  # logit of what is fused without weight
+NO_WEIGHT = -20.0  # logit of what is fused without weight
 
 
-def settled(maps: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_fixed_weights(maps: dict[str, Tensor]) -> dict[str, Tensor]:
     """Maps of stage 1, with the weights of taps and words."""
-    fusion, trust = torch.full_like(maps["memory.fusion"].float(), NEVER), torch.zeros(len(maps["memory.fusion"]))
+    fusion, trust = torch.full_like(maps["memory.fusion"].float(), NO_WEIGHT), torch.zeros(len(maps["memory.fusion"]))
     fusion[list(COMPARED)], trust[list(TRUSTED)] = 0.0, 1 / len(TRUSTED)
     return maps | {
         "memory.gates": maps["memory.gates"].float().clamp(min=0) ** SHRINK,
@@ -37,7 +37,7 @@ def settled(maps: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def even_odds(world: Diagnosed) -> tuple[float, float]:
+def fit_level(world: Diagnosed) -> tuple[float, float]:
     """Log-odds of the score at which a picture is as likely good as defective, and how they fall with each doubling.
 
     By logistic regression, over the numbers of good pictures that each picture was compared with.
@@ -56,10 +56,10 @@ def main() -> None:
     parser.add_argument("--products", type=int, default=360)
     args = parser.parse_args()
     source, target = args.out / "stage1_maps.safetensors", args.out / "maps.safetensors"
-    maps = settled(load_file(source))
+    maps = with_fixed_weights(load_file(source))
     save_file(maps, target)
     model = bare_model(args.out)
-    middle, doubling = even_odds(Diagnosed(model, args.products, 6, lambda known, rng: [], shots=(1, 2, 3)))
+    middle, doubling = fit_level(Diagnosed(model, args.products, 6, lambda known, rng: [], shots=(1, 2, 3)))
     maps["comparison.bias"] -= middle
     maps["comparison.doubling"] += doubling
     print(*(f"{name} {maps[f'comparison.{name}'].item():.2f}" for name in ("bias", "doubling")))

@@ -16,7 +16,7 @@ from miniworld.world import (
     HELD_OUT_FAMILIES,
     HELD_OUT_TYPES,
     TYPES,
-    measure,
+    areas_and_centres,
     photograph,
     possible_types,
 )
@@ -132,7 +132,7 @@ class Pool:
             soft = F.avg_pool2d(x.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(x)
             x = x + (soft - x) * self.disturb * dice(groups, GROUP, low=-0.5, high=1)
         x = (x + torch.randn_like(x) * 0.03 * dice(groups, 1) ** 2).clamp(0, 1)
-        area, across, down = measure(coverage).unbind(-1)
+        area, across, down = areas_and_centres(coverage).unbind(-1)
         cells = (across > 1 / 3).long() + (across > 2 / 3) + 3 * ((down > 1 / 3).long() + (down > 2 / 3))
         cells = torch.where(self.single[pick] & (area > 0), cells, -1)
         return Batch((x - self.mean) / self.std, coverage, self.types[pick], cells, self.family[pick])

@@ -47,7 +47,7 @@ def sample(rng: random.Random) -> dict:
     return {"product": name, "family": family, "size": [224, 224], "defects": defects, "colours": colours}
 
 
-def talk(rng: random.Random) -> list[dict]:
+def conversation(rng: random.Random) -> list[dict]:
     """Mostly about defects, as an inspector talks; else about what anyone sees."""
     known = sample(rng)
     if rng.random() < 0.8:
@@ -55,14 +55,14 @@ def talk(rng: random.Random) -> list[dict]:
     return appearance.conversation(known, rng)
 
 
-def talks(rng: random.Random, count: int) -> list[list[dict]]:
-    return [talk(rng) for _ in range(count)]
+def conversations(rng: random.Random, count: int) -> list[list[dict]]:
+    return [conversation(rng) for _ in range(count)]
 
 
 def build_tokenizer(folder: Path) -> LlamaTokenizer:
     """A sentencepiece model in LLaMA's manner: byte pairs, bytes for the rest, white space kept, a piece ``##``."""
     known = words.grammar.VOCABULARY["product_names"]
-    lines = [turn["value"] for talk in talks(random.Random(0), 20000) for turn in talk]
+    lines = [turn["value"] for turns in conversations(random.Random(0), 20000) for turn in turns]
     lines += [words.default_question(name) for names in known.values() for name in names] * 20
     lines += ["### Human: <Img>", "</Img>", "### Assistant:"] * 2000
     model = io.BytesIO()
@@ -111,8 +111,8 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config).to(device)
     rng, rows = random.Random(1), []
-    for talk in talks(rng, 40000):
-        ids, _ = encode_turns(tokenizer, talk, 160)
+    for turns in conversations(rng, 40000):
+        ids, _ = encode_turns(tokenizer, turns, 160)
         rows.append([tokenizer.bos, *tokenizer.encode("### Human: <Img>"), *ids])
     print(
         f"{len(tokenizer)} pieces, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "

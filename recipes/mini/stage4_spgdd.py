@@ -1,8 +1,9 @@
 """Train all that speaks of SPGDD's maps on the mini world, from stage 3 on: what notebook 05 does, longer.
 
 The maps are made beforehand, as a diagnosis makes them: of half of the products from the whole picture alone, of the
-others from joint tiles too. What makes them is not trained here: stage 1 has trained it longer, and settle.py has set
-the rest. Whether there is a defect, and where, is learned from the map alone; what it is, from patches and memory.
+others from joint tiles too. What makes them is not trained here: stage 1 has trained it longer, and fit_comparison.py
+has set the rest. Whether there is a defect, and where, is learned from the map alone; what it is, from patches and
+memory.
 
 python recipes/mini/stage4_spgdd.py --out runs/mini
 python recipes/mini/stage4_spgdd.py --out runs/mini/e --start runs/mini --seed 10 --lr 5e-4
@@ -32,14 +33,14 @@ FROM_PATCHES = ("describe", "kind", "has_kind")
 VERDICT_KNOWN = 0.8  # of the conversations about patches
 
 
-def talk(sample: dict, rng: random.Random, astray: bool, turns: int) -> list[dict]:
+def conversation_about(sample: dict, rng: random.Random, foreign_patches: bool, turns: int) -> list[dict]:
     """Questions with answers; where patches and memory tell of another picture, what the map decides, without kinds.
 
     Where they tell of this one, mostly a verdict is part of the first question, so that nothing is learned of it: it
     shall not lean on patches, whose look changes from the generated world to photographs more than that of maps.
     """
     plain = sample | {"defects": [defect | {"type": "defect"} for defect in sample["defects"]]}
-    if astray:
+    if foreign_patches:
         topics = rng.sample(FROM_MAPS, len(FROM_MAPS))
         if rng.random() < 0.7:
             topics.insert(0, "verdict")
@@ -79,8 +80,8 @@ def main() -> None:
         deltas.append(Delta("delta.safetensors", (*LANGUAGE_PARTS, *SPGDD_PARTS), "stage 4"))
     model = bare_model(args.start or args.out, tuple(deltas))
     model.training_loss = partial(language_loss, model)
-    how = {"shots": (0, 1, 1, 2, 4), "near": 0.5, "stray": 0.3, "astray": 0.5}
-    pictures = Diagnosed(model, args.products, args.seed, partial(talk, turns=args.turns), **how)
+    how = {"shots": (0, 1, 1, 2, 4), "tiled": 0.5, "foreign_vector": 0.3, "foreign_patches": 0.5}
+    pictures = Diagnosed(model, args.products, args.seed, partial(conversation_about, turns=args.turns), **how)
     options = {"steps": args.steps, "batch": args.batch, "learning_rate": args.lr}
     settings = load_settings(Path(__file__).with_name("language.yaml"), **options)
     train(model, pictures, settings, args.out / "stage4", resume=True)

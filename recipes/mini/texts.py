@@ -8,18 +8,16 @@ from torch import Tensor
 
 from miniworld import FAMILIES
 from miniworld.world import TYPES
-from spgdd.data import words
+from spgdd.data import grammar, words
+from spgdd.data.grammar import a, finding, kind_of
 from spgdd.imagebind.text_tokenizer import TextTokenizer, train_text_tokenizer
 from spgdd.places import PLACES
-from spgdd.selfprompt.focuser import text_prompts
+from spgdd.selfprompt.focuser import STATES, text_prompts
 
 LENGTH = 32  # tokens; all sentences are shorter
-NAMES, OTHERS, CAPTIONS, PHRASES = (
-    4,
-    4,
-    3,
-    3,
-)  # product names a family, captions of one finding, phrases of one defect type
+NAMES, OTHERS = 4, 4  # own and foreign product names of a family
+CAPTIONS, PHRASES = 3, 3  # of one finding, of one defect type
+GOOD_PHRASES = ["a good surface", "a flawless surface", "an even surface"]
 
 
 def product_names(family: str) -> list[str]:
@@ -37,9 +35,22 @@ def samples(family: str, name: str):
 
 
 def captions(sample: dict, rng: random.Random) -> list[str]:
-    """State, finding and surface; the caption that speaks of size is left out, as the table knows none."""
-    state, finding, _, surface = words.captions(sample, rng)
-    return [state, finding, surface]
+    """Three captions of a picture: its state as in the state ensemble, what is found on it, its surface."""
+    name = rng.choice([*words.names_of(sample), rng.choice(words.PLAIN_NAMES)])
+    defects = sample["defects"]
+    state = rng.choice(STATES["abnormal" if defects else "normal"]).format(name)
+    first = f"a photo of {rng.choice(('a', 'the'))} {state}."
+    if not defects:
+        others = kind_of(rng.choice(TYPES))["many"]
+        return [first, f"a photo of {a(name)} without {others}.", a(f"good {name}.")]
+    surface = kind_of(grammar.worst(defects)["type"])["surface"]
+    return [first, f"a photo of {a(name)} with {finding(defects)}.", a(f"{surface} {name}.")]
+
+
+def patch_phrases(defect_type: str) -> list[str]:
+    """What a patch with a defect of this type shows."""
+    noun, surface = a(kind_of(defect_type)["one"]), kind_of(defect_type)["surface"]
+    return [noun, f"a photo of {noun}", f"{surface} surface", a(f"{surface} part")]
 
 
 def corpus() -> list[str]:
@@ -49,9 +60,9 @@ def corpus() -> list[str]:
         for name in product_names(family):
             texts += [text for sample in samples(family, name) for text in captions(sample, rng)]
             texts += [text for side in text_prompts(name).values() for text in side]
-    for given in words.grammar.VOCABULARY["product_names"].values():
+    for given in grammar.VOCABULARY["product_names"].values():
         texts += [text for name in given for side in text_prompts(name).values() for text in side]
-    return texts + [phrase for kind in TYPES for phrase in words.patch_phrases(kind)]
+    return texts + [phrase for kind in TYPES for phrase in patch_phrases(kind)]
 
 
 class TextBank:
@@ -68,38 +79,25 @@ class TextBank:
         def ids(texts: list[str], *shape: int) -> Tensor:
             return tokenizer(texts)[:, :LENGTH].view(*shape, LENGTH).to(device)
 
-        self.captions = ids(
-            [
-                text
-                for family, given in names.items()
-                for name in given
-                for sample in samples(family, name)
-                for text in captions(sample, rng)
-            ],
-            len(FAMILIES),
-            NAMES,
-            1 + len(TYPES) * len(PLACES),
-            CAPTIONS,
-        )
-        known = sorted({name for given in words.grammar.VOCABULARY["product_names"].values() for name in given})
-        self.anchors = ids(
-            [
-                text
-                for given in names.values()
-                for name in given + rng.sample(known, OTHERS)
-                for side in text_prompts(name).values()
-                for text in side
-            ],
-            len(FAMILIES),
-            NAMES + OTHERS,
-            24,
-        )
-        good = ["a good surface", "a flawless surface", "an even surface"]
-        self.phrases = ids(
-            [text for phrases in (good, *map(words.patch_phrases, TYPES)) for text in (phrases * PHRASES)[:PHRASES]],
-            1 + len(TYPES),
-            PHRASES,
-        )
+        texts = [
+            text
+            for family, given in names.items()
+            for name in given
+            for sample in samples(family, name)
+            for text in captions(sample, rng)
+        ]
+        self.captions = ids(texts, len(FAMILIES), NAMES, 1 + len(TYPES) * len(PLACES), CAPTIONS)
+        known = sorted({name for given in grammar.VOCABULARY["product_names"].values() for name in given})
+        texts = [
+            text
+            for given in names.values()
+            for name in given + rng.sample(known, OTHERS)
+            for side in text_prompts(name).values()
+            for text in side
+        ]
+        self.anchors = ids(texts, len(FAMILIES), NAMES + OTHERS, 24)
+        phrases = [GOOD_PHRASES, *(patch_phrases(kind)[:PHRASES] for kind in TYPES)]
+        self.phrases = ids([text for those in phrases for text in those], 1 + len(TYPES), PHRASES)
 
     def caption_rows(self, types: Tensor, cells: Tensor) -> Tensor:
         """Row of the caption table for pictures with these types and places; an unknown place gets any place's row."""

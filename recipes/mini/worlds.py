@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from miniworld import TYPES, describe, photograph, possible_types
+from miniworld import TYPES, ground_truth, photograph, possible_types
 from miniworld.world import Photographs
 from pool import TRAIN_FAMILIES, TRAIN_TYPES
 from spgdd.data import words
@@ -50,13 +50,15 @@ def bare_model(folder: Path, deltas: tuple[Delta, ...] = ()) -> SPGDD:
 class World:
     """Products drawn and encoded on the model's device, 0.5 MB a picture; stands in for ``TrainingData``.
 
-    What is said about a picture is made up anew in every epoch by ``talk``.
+    What is said about a picture is made up anew in every epoch by ``conversation``.
     """
 
     cache = None  # there are no files
 
-    def __init__(self, model: SPGDD, products: int, seed: int, talk: Callable[[dict, random.Random], list[dict]]):
-        self.talk, self.seed, self.known, self.features = talk, seed, [], []
+    def __init__(
+        self, model: SPGDD, products: int, seed: int, conversation: Callable[[dict, random.Random], list[dict]]
+    ):
+        self.conversation, self.seed, self.known, self.features = conversation, seed, [], []
         rng = random.Random(f"world {seed}")
         turns = [TRAIN_FAMILIES[number % len(TRAIN_FAMILIES)] for number in range(products)]
         with tqdm(total=products * PICTURES, desc="world", unit="picture") as bar:
@@ -74,7 +76,7 @@ class World:
         products, photos, wanted = (torch.tensor(values, device=model.device) for values in (products, photos, wanted))
         shots = photograph(family, products.repeat_interleave(PICTURES), photos, wanted)
         means = shots.images.float().mean((2, 3)).tolist()  # red, green and blue, 0 to 255
-        for number, (found, colours) in enumerate(zip(describe(family, "", shots), means, strict=True)):
+        for number, (found, colours) in enumerate(zip(ground_truth(family, "", shots), means, strict=True)):
             if number % PICTURES == 0:
                 name = rng.choice(words.names_of({"product": family.replace("_", " "), "family": family}))
             self.known.append(found | {"product": name, "colours": colours})
@@ -101,29 +103,34 @@ class World:
             yield self._batch(rows, [random.Random(f"{self.seed} {epoch} {row}") for row in rows])
 
     def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
-        return self._told(rows, [self.talk(self.known[row], rng) for row, rng in zip(rows, rngs, strict=True)])
+        conversations = [self.conversation(self.known[row], rng) for row, rng in zip(rows, rngs, strict=True)]
+        return self._joined(rows, conversations)
 
-    def _told(self, rows: Sequence[int], talks: list[list[dict]]) -> Batch:
+    def _joined(self, rows: Sequence[int], conversations: list[list[dict]]) -> Batch:
         products = [self.known[row]["product"] for row in rows]
         features = ImageFeatures(*map(torch.stack, zip(*(self.features[row] for row in rows), strict=True)))
-        return Batch([f"picture {row}" for row in rows], features, products, talks, None, None)
+        return Batch([f"picture {row}" for row in rows], features, products, conversations, None, None)
 
 
 class Diagnosed(World):
     """A world whose pictures have been diagnosed: with their scores, and in place of masks the maps that are shown.
 
-    With the chance ``near`` a product is seen in joint tiles too. Each picture is compared once and for all with one of
-    the numbers ``shots`` of good pictures. A batch has pictures of one such number that were seen alike, and of their
-    good pictures what the memory tokens are made of: the last tap's entries (M, D). Good and defective pictures come
-    equally often, and mirrored at random.
+    With the chance ``tiled`` a product is seen in joint tiles too. Each picture is compared once and for all with one
+    of the numbers ``shots`` of good pictures. A batch has pictures of one such number that were seen alike, and of
+    their good pictures what the memory tokens are made of: the last tap's entries (M, D). Good and defective pictures
+    come equally often, and mirrored at random.
 
-    With the chance ``stray`` an example gets the image vector of another one. With the chance ``astray`` its focus and
-    memory tokens tell of another one of the batch, at the places that its own map points at; ``talk``, which then says
-    what the map alone decides, is told so.
+    With the chance ``foreign_vector`` an example gets the image vector of another one. With the chance
+    ``foreign_patches`` its focus and memory tokens are made of another one's of the batch, at the places that its own
+    map points at; ``conversation``, which then says what the map alone decides, is told so.
     """
 
-    def __init__(self, *args, shots: Sequence[int], near: float = 1.0, stray: float = 0.0, astray: float = 0.0):
-        self.shots, self.near, self.stray, self.astray = shots, near, stray, astray
+    def __init__(
+        self, *args, shots: Sequence[int], tiled: float = 1.0, foreign_vector: float = 0.0,
+        foreign_patches: float = 0.0,
+    ):  # fmt: skip
+        self.shots, self.tiled = shots, tiled
+        self.foreign_vector, self.foreign_patches = foreign_vector, foreign_patches
         self.chosen, self.entries, self.scores, self.maps = [], [], [], []
         super().__init__(*args)
 
@@ -137,10 +144,10 @@ class Diagnosed(World):
         embedding, patches = encode(model, list(zip(shots.images, large, strict=True)))
         views = len(patches) // len(large)
         embedding, patches = (part.unflatten(0, (-1, views)) for part in (embedding, patches))  # (B, V, ...)
-        near = [rng.random() < self.near for _ in range(len(large) // PICTURES)]
+        tiled = [rng.random() < self.tiled for _ in range(len(large) // PICTURES)]
         corner_maps, seen = [], []
         for row in range(len(large)):
-            count = views if near[row // PICTURES] else 1
+            count = views if tiled[row // PICTURES] else 1
             own = ImageFeatures(embedding[row, :count], patches[row, :count])
             others = [r for r in range(row - row % PICTURES, row - row % PICTURES + GOOD) if r != row]
             chosen = rng.sample(others, rng.choice(self.shots))
@@ -175,18 +182,19 @@ class Diagnosed(World):
 
     def _batch(self, rows: Sequence[int], rngs: Sequence[random.Random]) -> Batch:
         axes = [[axis for axis in (-1, -2) if rng.random() < 0.5] for rng in rngs]
-        seen = [rng.randrange(len(self)) if rng.random() < self.stray else row
-                for row, rng in zip(rows, rngs, strict=True)]  # fmt: skip
-        told = [rng.choice(rows) if rng.random() < self.astray else row for row, rng in zip(rows, rngs, strict=True)]
-        talks = [self.talk(mirrored(self.known[row], *a), rng, row != other)
-                 for row, other, a, rng in zip(rows, told, axes, rngs, strict=True)]  # fmt: skip
-        batch = self._told(rows, talks)
-        patches = torch.stack([self.features[row].patches for row in told]).mT  # (B, L, D, N)
+        vectors_of = [rng.randrange(len(self)) if rng.random() < self.foreign_vector else row
+                      for row, rng in zip(rows, rngs, strict=True)]  # fmt: skip
+        patches_of = [rng.choice(rows) if rng.random() < self.foreign_patches else row
+                      for row, rng in zip(rows, rngs, strict=True)]  # fmt: skip
+        conversations = [self.conversation(mirrored(self.known[row], *a), rng, row != other)
+                         for row, other, a, rng in zip(rows, patches_of, axes, rngs, strict=True)]  # fmt: skip
+        batch = self._joined(rows, conversations)
+        patches = torch.stack([self.features[row].patches for row in patches_of]).mT  # (B, L, D, N)
         patches = patches.unflatten(-1, (isqrt(patches.shape[-1]), -1))
         patches = torch.stack([one.flip(a) for one, a in zip(patches, axes, strict=True)]).flatten(-2).mT
-        features = ImageFeatures(torch.stack([self.features[row].embedding for row in seen]), patches)
+        features = ImageFeatures(torch.stack([self.features[row].embedding for row in vectors_of]), patches)
         normals = [torch.cat([self.entries[other] for other in self.chosen[row]]) if self.chosen[row] else None
-                   for row in told]  # fmt: skip
+                   for row in patches_of]  # fmt: skip
         maps = torch.stack([self.maps[row].flip(a) for row, a in zip(rows, axes, strict=True)]).float()
         return dataclasses.replace(batch, features=features, masks=maps, normals=normals)
 

@@ -1,6 +1,6 @@
 """Self-supervised anomalies: a patch of one normal image blended into another, as in AnomalyGPT (after NSA).
 
-    result = synthesise(image, source, SETTINGS.get("screw", DEFAULT), numpy.random.default_rng(0))
+    result = synthesise(image, source, PRODUCT_SETTINGS.get("screw", DEFAULT), numpy.random.default_rng(0))
     talk = words.conversation(result.sample("screw"), random.Random(0))
 
 Numbers are AnomalyGPT's; these oddities of the published code are mended:
@@ -23,7 +23,7 @@ MIN_VISIBLE = 20  # pixels of 224 x 224 with a label above 0.3, the threshold of
 
 
 @dataclass(frozen=True)
-class Settings:
+class SynthesisSettings:
     """How patches of a product are cut, placed and labelled."""
 
     rows: tuple[float, float] = (0.03, 0.4)  # half height, as share of the image
@@ -33,23 +33,23 @@ class Settings:
     resize: tuple[float, float] = (0.7, 1.3)
 
 
-DEFAULT = Settings(resize=(0.5, 2))  # every product of VisA, and any other
+DEFAULT = SynthesisSettings(resize=(0.5, 2))  # every product of VisA, and any other
 WIDE, THIN = (0.03, 0.4), (0.03, 0.2)
 LIGHT, DARK = (200, 60), (20, 20)
-SETTINGS = {
-    "bottle": Settings(background=LIGHT),
-    "cable": Settings((0.05, 0.4), (0.05, 0.4)),
-    "capsule": Settings((0.03, 0.15), WIDE, (1 / 2, 4), LIGHT),
-    "hazelnut": Settings((0.03, 0.35), (0.03, 0.35), background=DARK),
-    "metal_nut": Settings(logistic=(1 / 3, 7), background=DARK),
-    "pill": Settings(THIN, WIDE, (1 / 3, 7), DARK),
-    "screw": Settings((0.03, 0.12), (0.03, 0.12), (1, 3), LIGHT),
-    "toothbrush": Settings(WIDE, THIN, (1 / 6, 15), DARK),
-    "transistor": Settings(logistic=(1 / 6, 15)),
-    "zipper": Settings(WIDE, THIN, (1 / 6, 15), LIGHT),
-    "wood": Settings(logistic=(1 / 6, 15), resize=(0.5, 2)),
+PRODUCT_SETTINGS = {
+    "bottle": SynthesisSettings(background=LIGHT),
+    "cable": SynthesisSettings((0.05, 0.4), (0.05, 0.4)),
+    "capsule": SynthesisSettings((0.03, 0.15), WIDE, (1 / 2, 4), LIGHT),
+    "hazelnut": SynthesisSettings((0.03, 0.35), (0.03, 0.35), background=DARK),
+    "metal_nut": SynthesisSettings(logistic=(1 / 3, 7), background=DARK),
+    "pill": SynthesisSettings(THIN, WIDE, (1 / 3, 7), DARK),
+    "screw": SynthesisSettings((0.03, 0.12), (0.03, 0.12), (1, 3), LIGHT),
+    "toothbrush": SynthesisSettings(WIDE, THIN, (1 / 6, 15), DARK),
+    "transistor": SynthesisSettings(logistic=(1 / 6, 15)),
+    "zipper": SynthesisSettings(WIDE, THIN, (1 / 6, 15), LIGHT),
+    "wood": SynthesisSettings(logistic=(1 / 6, 15), resize=(0.5, 2)),
 } | {
-    texture: Settings(logistic=logistic, resize=(0.5, 2))  # of TADD: the label's curve as in SPGDD-GPT
+    texture: SynthesisSettings(logistic=logistic, resize=(0.5, 2))  # of TADD: the label's curve as in SPGDD-GPT
     for names, logistic in (
         ("carpet grid leather tile", (1 / 3, 7)),
         ("DeepCrack KolektorSDD KolektorSDD2 RSDD RSDD2 Eugen_Muller MT GAPS384", (1 / 3, 7)),
@@ -74,7 +74,7 @@ class Synthetic:
         return {"product": name, "family": "", "size": size, "defects": self.defects}
 
 
-def synthesise(image: np.ndarray, source: np.ndarray, settings: Settings, rng) -> Synthetic:
+def synthesise(image: np.ndarray, source: np.ndarray, settings: SynthesisSettings, rng) -> Synthetic:
     """One or two patches of ``source`` blended into ``image``, both uint8 (S, S, 3).
 
     ``rng`` is a numpy Generator. Where no place is found (little object in the image), or the change cannot
@@ -114,7 +114,7 @@ def object_mask(image: np.ndarray, background: tuple[int, int] | None) -> np.nda
     return ndimage.median_filter(far, 7)
 
 
-def _cut(source: np.ndarray, settings: Settings, rng: np.random.Generator) -> np.ndarray | None:
+def _cut(source: np.ndarray, settings: SynthesisSettings, rng: np.random.Generator) -> np.ndarray | None:
     """A patch of the source, resized, with some object in it; None after too many tries."""
     size = source.shape[0]
     objects = object_mask(source, settings.background)
@@ -132,7 +132,7 @@ def _cut(source: np.ndarray, settings: Settings, rng: np.random.Generator) -> np
     return None
 
 
-def _place(image: np.ndarray, patch: np.ndarray, settings: Settings, rng: np.random.Generator):
+def _place(image: np.ndarray, patch: np.ndarray, settings: SynthesisSettings, rng: np.random.Generator):
     """Corner (row, column) where the patch's object overlaps the image's object by more than a quarter."""
     objects, own = object_mask(image, settings.background), object_mask(patch, settings.background)
     for _ in range(TRIES if own.any() else 0):
@@ -143,7 +143,7 @@ def _place(image: np.ndarray, patch: np.ndarray, settings: Settings, rng: np.ran
     return None
 
 
-def _paste(image: np.ndarray, patch: np.ndarray, corner: tuple[int, int], settings: Settings):
+def _paste(image: np.ndarray, patch: np.ndarray, corner: tuple[int, int], settings: SynthesisSettings):
     """The image with the patch blended in, and the bool mask (S, S) of what may have changed."""
     window = np.s_[corner[0] : corner[0] + patch.shape[0], corner[1] : corner[1] + patch.shape[1]]
     there = image[window]

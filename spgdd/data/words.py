@@ -1,4 +1,4 @@
-"""One set of phrasings for all that is known about a picture: conversations, captions, patch phrases.
+"""One set of phrasings for conversations about all that is known of a picture.
 
 The mini world, synthetic anomalies and ``spgdd tadd describe`` all speak through this module; the sentences
 themselves are data, in ``vocabulary.json``. A sample is a dict: ``product``, optional ``family``, and
@@ -29,9 +29,6 @@ INTRODUCTIONS = (
     "This is a photo of {} for anomaly detection, which should be without any damage, flaw, defect, scratch, "
     "hole or broken part.",
 )
-STATES = "{}|flawless {}|perfect {}|unblemished {}|{} without flaw|{} without defect|{} without damage"
-NORMAL_STATES = STATES.split("|")
-ABNORMAL_STATES = "damaged {}|broken {}|{} with flaw|{} with defect|{} with damage".split("|")
 PLAIN_NAMES = "object|object|part|product|item|workpiece|component|surface|sample".split("|")
 LOOKALIKES = (  # types that could be taken for each other: beside one, the absence of another is not claimed
     {"hole", "blowhole", "pitting"},
@@ -167,26 +164,3 @@ def hit_facts(hits: list[dict]) -> dict:
         "case": "hit" if len(hits) == 1 else "hits", "hit_n": grammar.spell(len(hits)),
         "hit_there_is": grammar.there_is(hits), "hit_places": places_of(hits),
     }  # fmt: skip
-
-
-def captions(sample: dict, rng: random.Random) -> list[str]:
-    """Four captions for contrastive training: the state as in the state ensemble, then kind and place."""
-    name, defects = rng.choice([*names_of(sample), rng.choice(PLAIN_NAMES)]), sample["defects"]
-    state = rng.choice(ABNORMAL_STATES if defects else NORMAL_STATES).format(name)
-    first = f"a photo of {rng.choice(('a', 'the'))} {state}."
-    if not defects:
-        others = kind_of(rng.choice(TYPES))["many"]
-        second = f"a photo of {a(name)} without {others}."
-        return [first, second, f"no defect on the {name}.", a(f"good {name}.")]
-    worst = grammar.worst(defects)
-    surface = kind_of(worst["type"]).get("surface", "defective")
-    second = f"a photo of {a(name)} with {finding(defects)}."
-    return [first, second, f"{grammar.noun_phrase(worst)} on the {name}.", a(f"{surface} {name}.")]
-
-
-def patch_phrases(defect_type: str | None) -> list[str]:
-    """What a patch shows: phrases for a defect type, or for good surface if None."""
-    if defect_type is None:
-        return ["good surface", "intact surface", "flawless surface", "clean surface", "a good part"]
-    noun, surface = a(kind_of(defect_type)["one"]), kind_of(defect_type).get("surface", "defective")
-    return [noun, f"a photo of {noun}", f"{surface} surface", a(f"{surface} part")]

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spgdd.data.index import read_mask
-from spgdd.data.synthesis import DEFAULT, Settings, synthesise
+from spgdd.data.synthesis import DEFAULT, SynthesisSettings, synthesise
 from spgdd.errors import DataError
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise, to_pixels
@@ -52,7 +52,7 @@ class Picture:
     image: Path
     mask: Path | None = None  # None: nothing is marked in it
     source: Path | None = None  # the image that an anomaly's patches are cut from; None: the image is as it is
-    settings: Settings = DEFAULT  # of the anomaly
+    settings: SynthesisSettings = DEFAULT  # of the anomaly
     number: int = 0  # of the anomaly: others of the same image and source have other numbers
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from spgdd.data.grammar import VOCABULARY
 from spgdd.data.index import Row, index_folder
 from spgdd.data.records import read_records
-from spgdd.data.synthesis import DEFAULT, SETTINGS
+from spgdd.data.synthesis import DEFAULT, PRODUCT_SETTINGS
 from spgdd.data.words import conversation
 from spgdd.errors import DataError
 from spgdd.imagebind import ImageFeatures
@@ -240,5 +240,5 @@ def _anomalies(image: Path, row: Row, normals: Sequence[Picture], count: int) ->
     """Anomalies on a good image, with patches of other normal images of the product where there are any."""
     rng = random.Random(row.image)
     sources = [normal.image for normal in normals if normal.image != image] or [image]
-    settings = SETTINGS.get(row.product) or SETTINGS.get(row.subset, DEFAULT)
+    settings = PRODUCT_SETTINGS.get(row.product) or PRODUCT_SETTINGS.get(row.subset, DEFAULT)
     return [Picture(image, None, rng.choice(sources), settings, rng.randrange(2**32)) for _ in range(count)]

@@ -11,8 +11,8 @@ from conftest import check
 from spgdd.data.index import MVTEC_PRODUCTS
 from spgdd.data.synthesis import (
     DEFAULT,
-    SETTINGS,
-    Settings,
+    PRODUCT_SETTINGS,
+    SynthesisSettings,
     intensity_label,
     object_mask,
     poisson_blend,
@@ -69,7 +69,7 @@ def test_label_is_the_logistic_of_the_change():
 
 @pytest.mark.parametrize("name", ["leather", "screw", "any"])
 def test_synthesis_is_deterministic_and_true(name):
-    settings = SETTINGS.get(name, DEFAULT)
+    settings = PRODUCT_SETTINGS.get(name, DEFAULT)
     make = disc if settings.background else texture
     counts = []
     for seed in range(12):
@@ -101,18 +101,19 @@ def test_synthesis_is_deterministic_and_true(name):
 
 def test_no_object_no_anomaly():
     empty = np.full((224, 224, 3), 200, np.uint8)
-    result = synthesise(empty, disc(1), SETTINGS["screw"], np.random.default_rng(0))
+    result = synthesise(empty, disc(1), PRODUCT_SETTINGS["screw"], np.random.default_rng(0))
     assert result.defects == [] and (result.image == empty).all() and result.label.max() == 0
 
 
 def test_published_parameters():
     """Half-width bounds, logistic, background and resize of the published tables."""
-    assert MVTEC_PRODUCTS <= set(SETTINGS)
-    assert SETTINGS["bottle"] == Settings((0.03, 0.4), (0.03, 0.4), (1 / 12, 24), (200, 60), (0.7, 1.3))
-    assert SETTINGS["screw"] == Settings((0.03, 0.12), (0.03, 0.12), (1, 3), (200, 60), (0.7, 1.3))
-    assert SETTINGS["zipper"] == Settings((0.03, 0.4), (0.03, 0.2), (1 / 6, 15), (200, 60), (0.7, 1.3))
-    assert SETTINGS["carpet"] == Settings((0.03, 0.4), (0.03, 0.4), (1 / 3, 7), None, (0.5, 2))
-    assert DEFAULT == Settings((0.03, 0.4), (0.03, 0.4), (1 / 12, 24), None, (0.5, 2))
+    assert MVTEC_PRODUCTS <= set(PRODUCT_SETTINGS)
+    wide, narrow = (0.03, 0.4), (0.03, 0.2)
+    assert PRODUCT_SETTINGS["bottle"] == SynthesisSettings(wide, wide, (1 / 12, 24), (200, 60), (0.7, 1.3))
+    assert PRODUCT_SETTINGS["screw"] == SynthesisSettings((0.03, 0.12), (0.03, 0.12), (1, 3), (200, 60), (0.7, 1.3))
+    assert PRODUCT_SETTINGS["zipper"] == SynthesisSettings(wide, narrow, (1 / 6, 15), (200, 60), (0.7, 1.3))
+    assert PRODUCT_SETTINGS["carpet"] == SynthesisSettings(wide, wide, (1 / 3, 7), None, (0.5, 2))
+    assert DEFAULT == SynthesisSettings(wide, wide, (1 / 12, 24), None, (0.5, 2))
 
 
 def test_half_sizes_follow_the_published_law():
@@ -120,6 +121,6 @@ def test_half_sizes_follow_the_published_law():
     sides = []
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        result = synthesise(texture(seed), texture(seed + 99), SETTINGS["leather"], rng)
+        result = synthesise(texture(seed), texture(seed + 99), PRODUCT_SETTINGS["leather"], rng)
         sides += [d["box"][2] - d["box"][0] for d in result.defects]
     assert 30 < np.median(sides) < 75 and max(sides) <= 0.8 * 224 + 1
