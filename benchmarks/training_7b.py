@@ -198,7 +198,7 @@ def ours(options) -> dict:
     model, found = build(options), {"rate": 0.0}
     data, filling = load(model, options, options.samples, options.length)
     tokenizer, seen = model.language.tokenizer, model.encode(torch.zeros(1, 3, 224, 224))
-    prompts = model.prompt_tokens(model.anomaly_map(seen), seen).shape[1]
+    prompts = model.prompt_tokens(model.anomaly_map(seen), seen.patches).shape[1]
     tokens = 2 + len(tokenizer.encode(PROMPT_START)) + len(tokenizer.encode(IMAGE_END)) + prompts
     tokens += np.mean([len(encode_turns(tokenizer, item.talks[0], options.length, "")[0]) for item in data.items])
     language = model.language.llama_model.named_parameters()

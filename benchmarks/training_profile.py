@@ -26,8 +26,7 @@ PARTS = ["read", "forward", "backward", "optimiser"]
 INSIDE = [
     "learned_anchors",
     "few_shot_map",
-    "_map_tokens",
-    "_memory_tokens",
+    "prompt_tokens",
     "language.forward_loss",
     "image_decoder.forward",
 ]

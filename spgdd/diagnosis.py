@@ -192,7 +192,7 @@ class Diagnoser:
         watch.lap("map")
 
         shown = prompt_map(maps, square_map).to(told.embedding.device)
-        prompt_tokens = self.model.prompt_tokens(shown, told, bank)  # (1, P, H)
+        prompt_tokens = self.model.prompt_tokens(shown, told.patches, bank.entries if bank else None)  # (1, P, H)
 
         def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int) -> Answer:
             return self.model.language.generate(told.embedding, question, history, prompt_tokens, max_new_tokens)

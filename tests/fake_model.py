@@ -58,7 +58,7 @@ class FakeModel:
         distances, _ = self.memory.compare(features.patches, bank.tokens[None], barred)
         return enlarge(on_grid(self.memory.fuse(distances))[:, None])
 
-    def prompt_tokens(self, anomaly_map, features, bank=None):
+    def prompt_tokens(self, anomaly_map, patches, entries=None):
         return anomaly_map.flatten(1).max(1).values.view(-1, 1, 1)
 
     def generate(self, embedding, question, history=(), prompt_tokens=None, max_new_tokens=128):

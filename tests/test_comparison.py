@@ -11,6 +11,8 @@ from spgdd.loading import load_model
 from spgdd.selfprompt import Comparison
 from spgdd.selfprompt.comparison import EPSILON, probability, word_evidence
 from spgdd.selfprompt.focuser import enlarge, zero_shot_logits
+from spgdd.training.data import Batch
+from spgdd.training.objective import spgdd_loss
 from test_model import IMAGES, TINY_PROFILE, encode, reduced_tokenizer, training_inputs, weights  # noqa: F401
 
 FULL = dataclasses.replace(
@@ -94,7 +96,7 @@ def test_anchors_of_before_training_are_not_used_after_it(model):
 def test_the_loss_has_all_parts_and_reaches_every_parameter(model):
     features, products, conversations, masks = training_inputs(model)
     model.zero_grad()
-    loss = model.training_loss(features, products, conversations, masks, [features.patches.flip(1), None])
+    loss = spgdd_loss(model, Batch([], features, products, conversations, masks, [features.patches.flip(1), None]))
     assert set(loss.parts) == {"focal", "dice", "focal few", "dice few", "triplet", "matching"}
     check("total", loss.total, loss.language + sum(loss.parts.values()), atol=1e-5)
     loss.total.backward()
@@ -109,14 +111,13 @@ def test_the_loss_has_all_parts_and_reaches_every_parameter(model):
 def test_a_batch_of_mixed_shots_is_the_mean_of_its_images(model):
     features, products, conversations, masks = training_inputs(model)
     normals = [features.patches[1:], torch.cat([features.patches, features.patches.flip(2)])]
-    whole = model.training_loss(features, products, conversations, masks, normals)
-    singles = [
-        model.training_loss(
-            type(features)(*(part[i : i + 1] for part in features)), products[i : i + 1], conversations[i : i + 1],
-            masks[i : i + 1], normals[i : i + 1],
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    columns = (*features, products, conversations, masks, normals)
+
+    def loss(rows: slice):
+        embedding, patches, *rest = (column[rows] for column in columns)
+        return spgdd_loss(model, Batch([], ImageFeatures(embedding, patches), *rest))
+
+    whole, *singles = (loss(slice(*rows)) for rows in ((0, 2), (0, 1), (1, 2)))
     for name, value in whole.parts.items():
         check(f"mean of {name}", value, sum(single.parts[name] for single in singles) / 2, atol=1e-5)
 
@@ -126,10 +127,9 @@ def test_pictures_with_a_bank_each_are_told_of_as_one_by_one(model):
     banks = [model.build_bank(features.patches[first : first + 2], "nut") for first in (2, 4)]
     maps = torch.rand(2, 1, 224, 224, generator=torch.Generator().manual_seed(0))
     entries = torch.stack([bank.tokens[-1, 0] for bank in banks])
-    together, swapped = (
-        model.prompts_from(maps, features.patches[:2], [(slice(None), told)]) for told in (entries, entries.flip(0))
-    )
+    together, swapped = (model.prompt_tokens(maps, features.patches[:2], told) for told in (entries, entries.flip(0)))
     for row, bank in enumerate(banks):
         one = ImageFeatures(*(part[row : row + 1] for part in features))
-        check(f"picture {row}", together[row], model.prompt_tokens(maps[row : row + 1], one, bank)[0], atol=1e-5)
+        alone = model.prompt_tokens(maps[row : row + 1], one.patches, bank.entries)[0]
+        check(f"picture {row}", together[row], alone, atol=1e-5)
     assert not torch.allclose(swapped, together, atol=1e-3)

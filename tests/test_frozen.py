@@ -13,6 +13,7 @@ import torch
 import spgdd
 from conftest import FIXTURES, ROOT
 from spgdd.evaluation.protocol import evaluate, folder_tasks
+from spgdd.tensors import read_tensors
 from spgdd.training.loop import train
 from tiny_training import TinyData, settings, tiny_model
 
@@ -55,7 +56,7 @@ def learning() -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         options = settings(steps=20, checkpointing=False, lora_dropout=0.1)
         lines = train(tiny_model(), TinyData(), options, folder)
-        delta = spgdd.weights.checkpoint.read_tensors(Path(folder) / "delta.safetensors")
+        delta = read_tensors(Path(folder) / "delta.safetensors")
         norms = {name: value.double().norm().item() for name, value in delta.items()}
     return {"losses": [line["loss"] for line in lines], "norms": [norms[name] for name in sorted(norms)]}
 

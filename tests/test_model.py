@@ -22,6 +22,8 @@ from spgdd.profiles import get_profile
 from spgdd.selfprompt import rotations
 from spgdd.selfprompt.focuser import zero_shot_logits
 from spgdd.tensors import read_tensors
+from spgdd.training.data import Batch
+from spgdd.training.objective import spgdd_loss
 from spgdd.weights.delta import save_delta
 from test_selfprompt import CONFIG, OUTPUTS, TINY, TINY_IMAGEBIND, TRAIN, prompt_learner_weights
 
@@ -90,7 +92,7 @@ def test_a_complete_diagnosis_equals_the_published_one(model, run):
         check(f"{name}.map", anomaly_map[..., ::7, ::7], OUTPUTS[f"{name}.map_stride7"], atol=MAP_ATOL)
     check(f"{name}.map max", anomaly_map.max(), run["map_max"], atol=MAP_ATOL)
     check(f"{name}.map mean", anomaly_map.mean(), run["map_mean"], atol=MAP_ATOL)
-    prompts = model.prompt_tokens(anomaly_map, features)
+    prompts = model.prompt_tokens(anomaly_map, features.patches)
     check(f"{name}.prompts", prompts, OUTPUTS[f"{name}.prompts"], atol=1e-4)
     answer = model.language.generate(
         features.embedding, run["prompt"], prompt_tokens=prompts, max_new_tokens=run["max_new_tokens"]
@@ -111,7 +113,8 @@ def test_training_loss_and_gradients_equal_the_published_ones(model, branch):
     if branch == "train_few":
         normals = [encode(model, [CONFIG["train"]["normal_reference_image"]], rotate=True).patches] * 2
     model.zero_grad()
-    loss = model.training_loss(features, products, conversations, masks, normals, CONFIG["train"]["max_tgt_len"])
+    batch = Batch([], features, products, conversations, masks, normals)
+    loss = spgdd_loss(model, batch, CONFIG["train"]["max_tgt_len"])
     loss.total.backward()
     expected = CONFIG["train"]["results"][branch]
     check(f"{branch}.total", loss.total, expected["total"], atol=LOSS_ATOL)
@@ -130,7 +133,7 @@ def test_training_loss_and_gradients_equal_the_published_ones(model, branch):
 
 def test_a_chat_batch_has_the_language_loss_alone(model):
     features, _, conversations, _ = training_inputs(model)
-    loss = model.training_loss(features, ["object"] * 2, conversations, max_length=160)
+    loss = spgdd_loss(model, Batch([], features, ["object"] * 2, conversations, None, None), max_length=160)
     check("sft_no_mask.total", loss.total, CONFIG["train"]["results"]["sft_no_mask"]["total"], atol=LOSS_ATOL)
     assert loss.total == loss.language
 
@@ -153,7 +156,7 @@ def test_maps_and_tokens_need_no_second_pass_through_the_tower(model, monkeypatc
     bank = model.build_bank(features.patches, "nut")
     monkeypatch.setattr(model.imagebind, "encode_image", None)
     for anomaly_map in (model.anomaly_map(features, "nut"), model.anomaly_map(features, bank=bank)):
-        tokens = model.prompt_tokens(anomaly_map, features)
+        tokens = model.prompt_tokens(anomaly_map, features.patches)
         assert anomaly_map.shape == (1, 1, 224, 224) and tokens.shape == (1, 18, 64)
         assert not anomaly_map.requires_grad and tokens.requires_grad, "training reaches the prompt learner"
 

@@ -23,6 +23,7 @@ from spgdd.training import checkpoint, prepare
 from spgdd.training.engine import LossScale, aligned
 from spgdd.training.log import TrainingError
 from spgdd.training.loop import pace, train
+from spgdd.training.objective import spgdd_loss
 from spgdd.training.settings import Settings, load_settings
 from spgdd.weights.delta import apply_delta
 from tiny_training import TinyData, settings, tiny_model
@@ -84,7 +85,7 @@ def test_rows_of_zeros_in_the_output_layer_change_nothing(monkeypatch):
     weight, found = head.weight.clone(), []
 
     def compute():
-        with prepare.prepared(model, settings(lora_dropout=0.0), data) as (objective, parameters):
+        with prepare.prepared(model, settings(lora_dropout=0.0), data, spgdd_loss) as (objective, parameters):
             total = objective(batch).total
             total.backward()
             found.append([total.detach(), *(parameter.grad for parameter in parameters.values())])

@@ -72,8 +72,13 @@ def picture_logit(logits: Tensor) -> Tensor:
     return logits.topk(3, dim=-1).values.mean(-1)
 
 
-def losses(model: Trainee, batch, bank: TextBank, few: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All parts of the loss, and what tells a person how it goes. ``few``: two normal pictures to compare with."""
+def losses(
+    model: Trainee, batch, bank: TextBank, few: bool, compare: Callable
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All parts of the loss, and what tells a person how it goes.
+
+    ``few``: two normal pictures to compare with. ``compare``: the memory's, or what a compiler made of it.
+    """
     groups, device = len(batch.pixels), batch.pixels.device
     features = model.imagebind.encode_image(batch.pixels.flatten(0, 1))
     patches = features.patches.unflatten(0, (groups, 4))  # (G, 4, L, N, D)
@@ -99,7 +104,7 @@ def losses(model: Trainee, batch, bank: TextBank, few: bool) -> tuple[dict[str, 
     # memory: the damaged pictures, and the second good one, against the first good one; or the damaged against both
     normal, tests = (slice(0, 2), slice(2, 4)) if few else (slice(0, 1), slice(1, 4))
     queries = patches[:, tests].flatten(0, 1)  # (G * T, L, N, D)
-    distances, _ = model.memory.compare(queries, model.memory.tokens(patches[:, normal]))
+    distances, _ = compare(queries, model.memory.tokens(patches[:, normal]))
     fused = model.memory.fuse(distances)  # (G * T, N)
     t, w, b = (value[:, tests].flatten(0, 1) for value in (target, weight, bad))
     logits = model.steepness * (fused - model.threshold)
@@ -226,10 +231,11 @@ def main() -> None:
     bank = TextBank(tokenizer, device)
     ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999**AVERAGED)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema)
+    compare = model.memory.compare
     if device.type == "cuda":
         memory.CHUNK = 2**27  # pictures of twice the side have four times the patches
         model.imagebind.modality_trunks["vision"].compile(dynamic=False)
-        memory.closest = torch.compile(memory.closest, dynamic=False)
+        compare = torch.compile(compare, dynamic=False)
     rate = torch.tensor(args.lr, device=device)
     optimiser = torch.optim.AdamW(
         [
@@ -266,7 +272,7 @@ def main() -> None:
     def run(few: bool, smaller: int) -> dict[str, Tensor]:
         batch = pool.batch(args.groups * smaller**2 // times**2, smaller)
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-            parts, hits = losses(model, batch, bank, few)
+            parts, hits = losses(model, batch, bank, few, compare)
             loss = sum(weights[name] * value for name, value in parts.items() if name not in args.without)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

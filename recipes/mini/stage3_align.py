@@ -6,22 +6,23 @@ python recipes/mini/stage3_align.py --out runs/mini
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import appearance
-from spgdd.model import SPGDD, TrainingLoss
+from spgdd.model import SPGDD
+from spgdd.training.data import Batch
 from spgdd.training.loop import train
+from spgdd.training.objective import TrainingLoss
 from spgdd.training.settings import load_settings
 from spgdd.weights.delta import save_delta
 from worlds import World, bare_model
 
 
-def language_loss(model: SPGDD, features, products, conversations, masks=None, normals=None, max_length=1024):
-    """In place of ``SPGDD.training_loss``: no map, no prompt tokens."""
-    said = model.language.forward_loss(features.embedding, conversations, max_length=max_length)
+def language_loss(model: SPGDD, batch: Batch, max_length: int) -> TrainingLoss:
+    """Of answers without map and prompt tokens."""
+    said = model.language.forward_loss(batch.features.embedding, batch.conversations, max_length=max_length)
     return TrainingLoss(said.loss, said.loss, {}, said.token_accuracy)
 
 
@@ -34,10 +35,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(3)
     model = bare_model(args.out)
-    model.training_loss = partial(language_loss, model)
     pictures = World(model, args.products, 3, appearance.conversation)
     settings = load_settings(Path(__file__).with_name("language.yaml"), steps=args.steps, batch=args.batch)
-    train(model, pictures, settings, args.out / "stage3", resume=True)
+    train(model, pictures, settings, args.out / "stage3", objective=language_loss, resume=True)
     save_delta(model.language, args.out / "pandagpt_delta.safetensors", {"stage": "PandaGPT-like alignment"})
 
 

@@ -22,9 +22,11 @@ import torch
 from pool import TRAIN_TYPES
 from spgdd.data.words import conversation
 from spgdd.language.conversation import fold_history
-from spgdd.model import SPGDD, TrainingLoss
+from spgdd.model import SPGDD
 from spgdd.profiles import LANGUAGE_PARTS, SPGDD_PARTS, Delta
+from spgdd.training.data import Batch
 from spgdd.training.loop import train
+from spgdd.training.objective import TrainingLoss
 from spgdd.training.settings import load_settings
 from worlds import Diagnosed, bare_model
 
@@ -55,11 +57,11 @@ def conversation_about(sample: dict, rng: random.Random, foreign_patches: bool, 
     return [question | {"value": folded}, *rest]
 
 
-def language_loss(model: SPGDD, features, products, conversations, maps=None, normals=None, max_length=1024):
-    """In place of ``SPGDD.training_loss``: of given maps (B, 224, 224), where a trainer expects masks."""
-    entries = None if normals[0] is None else torch.stack(normals).float()  # (B, M, D)
-    prompts = model.prompts_from(maps[:, None], features.patches, [(slice(None), entries)])
-    said = model.language.forward_loss(features.embedding, conversations, prompts, max_length)
+def language_loss(model: SPGDD, batch: Batch, max_length: int) -> TrainingLoss:
+    """Of answers about given maps (B, 224, 224), which are in the place of masks."""
+    entries = None if batch.normals[0] is None else torch.stack(batch.normals).float()  # (B, M, D)
+    prompts = model.prompt_tokens(batch.masks[:, None], batch.features.patches, entries)
+    said = model.language.forward_loss(batch.features.embedding, batch.conversations, prompts, max_length)
     return TrainingLoss(said.loss, said.loss, {}, said.token_accuracy)
 
 
@@ -79,12 +81,11 @@ def main() -> None:
     if args.start:
         deltas.append(Delta("delta.safetensors", (*LANGUAGE_PARTS, *SPGDD_PARTS), "stage 4"))
     model = bare_model(args.start or args.out, tuple(deltas))
-    model.training_loss = partial(language_loss, model)
     how = {"shots": (0, 1, 1, 2, 4), "tiled": 0.5, "foreign_vector": 0.3, "foreign_patches": 0.5}
     pictures = Diagnosed(model, args.products, args.seed, partial(conversation_about, turns=args.turns), **how)
     options = {"steps": args.steps, "batch": args.batch, "learning_rate": args.lr}
     settings = load_settings(Path(__file__).with_name("language.yaml"), **options)
-    train(model, pictures, settings, args.out / "stage4", resume=True)
+    train(model, pictures, settings, args.out / "stage4", objective=language_loss, resume=True)
     shutil.copyfile(args.out / "stage4" / "delta.safetensors", args.out / "delta.safetensors")
 
 

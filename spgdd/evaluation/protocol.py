@@ -154,7 +154,8 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                 if picture.kind == "good" or loaded.coverage is not None:
                     counts[key].add(square_map, loaded.coverage)
             if text:
-                prompts = model.prompt_tokens(torch.cat(shown).to(told.embedding.device), told, bank)
+                shown = torch.cat(shown).to(told.embedding.device)
+                prompts = model.prompt_tokens(shown, told.patches, bank.entries if bank else None)
                 _ask(model, told.embedding, prompts, task, records)
             pictures[key] += records
         bar.update(len(batch))

@@ -37,6 +37,11 @@ class MemoryBank:
     imagebind: str = ""  # fingerprint of the vision tower that made the tokens
     calibration: dict | None = None  # JSON values of whoever calibrates the score; carried, not read here
 
+    @property
+    def entries(self) -> Tensor:
+        """Those of the last tap at the first scale (1, M, D), which the memory tokens are made from."""
+        return self.tokens[None, -1, 0]
+
     def save(self, path: str | os.PathLike) -> Path:
         """Write everything to one ``.safetensors`` file, whole or not at all."""
         if not self.profile:

@@ -1,5 +1,7 @@
 """How a model under training does on held-out samples: the loss, and answers to read."""
 
+from collections.abc import Callable
+
 import torch
 
 from spgdd.imagebind import ImageFeatures
@@ -12,7 +14,7 @@ AT_ONCE = 16  # samples
 
 
 @torch.no_grad()
-def evaluate(model: SPGDD, data, settings: Settings) -> dict:
+def evaluate(model: SPGDD, data, settings: Settings, objective: Callable) -> dict:
     """Means over ``settings.evaluate_on`` samples spread over ``data`` ("held_out"), and some questions and "answers".
 
     "verdicts" is the share of answers that begin with the right one of Yes and No, where the expected answer does.
@@ -25,9 +27,7 @@ def evaluate(model: SPGDD, data, settings: Settings) -> dict:
     with torch.compiler.set_stance("force_eager"):  # answers grow token by token: each would be compiled anew
         for batch in data.batches(plan, epoch=0):
             batch = batch.to(model.device)
-            loss = model.training_loss(
-                batch.features, batch.products, batch.conversations, batch.masks, batch.normals, settings.max_tgt_len
-            )
+            loss = objective(model, batch, settings.max_tgt_len)
             for name, value in zip(sums, (loss.total, loss.token_accuracy), strict=True):
                 sums[name] += float(value) * len(batch.keys) / count
             questions, expected = ([talk[i]["value"] for talk in batch.conversations] for i in (0, 1))
@@ -50,5 +50,6 @@ def answers(model: SPGDD, batch, questions: list[str]) -> list[Answer]:
         features = ImageFeatures(*(column[row : row + 1] for column in batch.features))
         normals = batch.normals[row] if batch.normals else None
         bank = None if normals is None else model.build_bank(normals, product)
-        prompts.append(model.prompt_tokens(model.anomaly_map(features, product, bank), features, bank))
+        anomaly_map = model.anomaly_map(features, product, bank)
+        prompts.append(model.prompt_tokens(anomaly_map, features.patches, bank.entries if bank else None))
     return model.language.generate_batch(batch.features.embedding, questions, torch.cat(prompts), LONGEST)

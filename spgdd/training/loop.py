@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,19 +33,21 @@ from spgdd.training import checkpoint
 from spgdd.training.engine import ENGINES, micro_batch
 from spgdd.training.evaluation import evaluate
 from spgdd.training.log import Log
+from spgdd.training.objective import spgdd_loss
 from spgdd.training.prepare import base, prepared
 from spgdd.training.settings import FREE, Settings
 
 
 def train(
-    model: SPGDD, data, settings: Settings, folder: str | Path, *, held_out=None, engine: str = "torch",
-    resume: bool = False, log_folder: str | Path | None = None,
+    model: SPGDD, data, settings: Settings, folder: str | Path, *, objective: Callable = spgdd_loss, held_out=None,
+    engine: str = "torch", resume: bool = False, log_folder: str | Path | None = None,
 ) -> list[dict]:  # fmt: skip
     """Train LoRA, the projection and the parts that are SPGDD's own; returns the lines of the log.
 
-    ``data`` and ``held_out`` are ``TrainingData`` or alike. Writes ``folder``/delta.safetensors at the end,
-    checkpoints in ``folder``/checkpoints on the way, and the log in ``log_folder`` (default: ``folder``). ``resume``
-    goes on from the last checkpoint, or begins where there is none. Ctrl-C and SIGTERM save first.
+    ``data`` and ``held_out`` are ``TrainingData`` or alike, ``objective`` is ``spgdd_loss`` or alike. Writes
+    ``folder``/delta.safetensors at the end, checkpoints in ``folder``/checkpoints on the way, and the log in
+    ``log_folder`` (default: ``folder``). ``resume`` goes on from the last checkpoint, or begins where there is none.
+    Ctrl-C and SIGTERM save first.
 
     Raises SpgddError for a folder that holds a run and for settings that contradict it, TrainingError for a loss that
     is not a number, DataError for data that do not make a batch.
@@ -54,8 +56,8 @@ def train(
     there = checkpoint.every(checkpoints)
     if there and not resume:
         raise SpgddError(f"There is a run in {folder}. Go on with --resume (resume=True), or choose another folder.")
-    with prepared(model, settings, data) as (objective, parameters), stopping() as asked:
-        worker = ENGINES[engine](objective, parameters, settings, base(model).dtype == torch.float16)
+    with prepared(model, settings, data, objective) as (module, parameters), stopping() as asked:
+        worker = ENGINES[engine](module, parameters, settings, base(model).dtype == torch.float16)
         length = len(data.order(0, settings.seed, settings.batch))
         total, done = settings.steps or settings.epochs * length, 0
         if there:
@@ -90,7 +92,7 @@ def train(
                 if done % settings.log_every == 0:
                     log.write(done / length, checkpoints)
                 if held_out and settings.evaluate_every and (done % settings.evaluate_every == 0 or done == total):
-                    log.put({"step": done, **evaluate(model, held_out, settings)})
+                    log.put({"step": done, **evaluate(model, held_out, settings, objective)})
                     log.restart_clock()
                 if done % settings.save_every == 0 or done == total:
                     save()

@@ -1,6 +1,6 @@
 """The model on its way into training and out of it: what learns, what is compiled, and what leaves the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,13 +18,11 @@ from spgdd.training.settings import Settings
 class Objective(nn.Module):
     """What is minimised, as a module: what an engine may cut up or fetch, and not the frozen encoder."""
 
-    def __init__(self, model: SPGDD, max_length: int):
+    def __init__(self, model: SPGDD, loss: Callable, max_length: int):
         super().__init__()
         self.language = model.language
         self.ours = nn.ParameterList(p for name, p in model.named_parameters() if name.startswith(SPGDD_PARTS))
-        self.compute = lambda batch: model.training_loss(
-            batch.features, batch.products, batch.conversations, batch.masks, batch.normals, max_length
-        )
+        self.compute = lambda batch: loss(model, batch, max_length)
 
     def forward(self, batch):
         found = self.compute(batch)
@@ -58,7 +56,9 @@ def padded(head: nn.Linear) -> Iterator[None]:
 
 
 @contextmanager
-def prepared(model: SPGDD, settings: Settings, data) -> Iterator[tuple[Objective, dict[str, nn.Parameter]]]:
+def prepared(
+    model: SPGDD, settings: Settings, data, loss: Callable
+) -> Iterator[tuple[Objective, dict[str, nn.Parameter]]]:
     """The model ready to be trained, with what is trained by name; left in evaluation mode, as it was."""
     parameters = {}
     for name, parameter in model.named_parameters():
@@ -90,7 +90,7 @@ def prepared(model: SPGDD, settings: Settings, data) -> Iterator[tuple[Objective
     model.imagebind.eval()
     try:
         with padded(llama.lm_head):
-            yield Objective(model, settings.max_tgt_len), parameters
+            yield Objective(model, loss, settings.max_tgt_len), parameters
     finally:
         model.eval()
         model.zero_grad()
