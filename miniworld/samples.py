@@ -20,9 +20,9 @@ from miniworld.world import (
     photograph,
     possible_types,
 )
-from spgdd.data.describe import write_records
 from spgdd.data.words import conversation, names_of
 from spgdd.errors import DataError
+from spgdd.files import write_json
 
 ATTEMPTS = 20  # photographs tried for one that shows its defect
 QUALITY = 88  # of JPEG files
@@ -118,8 +118,7 @@ def write_folder(folder: str | Path, pictures: Iterable[tuple[str, Sample]], kin
             mask.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(sample.mask).save(mask, optimize=True)
         records.append(record(name, sample, kinds))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_records(records, folder / "TADD_text.json")
+    write_json(folder / "TADD_text.json", records, indent=1)
     return records
 
 

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from spgdd.cli.tadd import add_commands
-from spgdd.data.describe import contrast_of, describe, measure, sample_of, shape_of, write_records
+from spgdd.data.describe import contrast_of, describe, measure, sample_of, shape_of
 from spgdd.data.index import index_folder, read_mask
 from spgdd.data.records import read_records
 from spgdd.data.words import conversation
 from spgdd.errors import DataError
+from spgdd.files import write_json
 from spgdd.places import PLACES, place_of
 
 PLACE = re.compile("|".join(sorted(PLACES, key=len, reverse=True)))  # the longest names first
@@ -98,7 +99,7 @@ def test_records_are_reproducible_and_readable(folder):
     assert records == describe(index, seed=4) != describe(index, seed=5)
     assert [record["image_name"] for record in records] == [row.image for row in index.rows]
     assert all(set(record) == {"image_name", "conversation"} for record in records)
-    write_records(records, folder / "TADD_text.json")
+    write_json(folder / "TADD_text.json", records, indent=1)
     read = read_records(folder / "TADD_text.json", folder)
     assert [record.conversation for record in read] == [record["conversation"] for record in records]
     assert all(record.image.is_file() for record in read)

@@ -91,7 +91,8 @@ def test_synthesis_is_deterministic_and_true(name):
             if len(result.defects) == 1:
                 assert defect["area"] == pytest.approx(len(x) / 224**2)
                 assert defect["place"] == place_of((x.mean() + 0.5) / 224, (y.mean() + 0.5) / 224)
-        talk = conversation(result.sample(name), random.Random(seed), first=("verdict",))
+        sample = {"product": name, "family": "", "defects": result.defects}
+        talk = conversation(sample, random.Random(seed), first=("verdict",))
         assert talk[1]["value"].startswith("Yes, " if result.defects else "No, ")
         if settings.background:  # the change lies on the object, before or after
             objects = object_mask(image, settings.background) | object_mask(source, settings.background)

@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import ROOT, check
-from spgdd.data.describe import describe, write_records
+from spgdd.data.describe import describe
 from spgdd.data.index import Index, index_folder, read_mask
 from spgdd.errors import DataError, ImageError
+from spgdd.files import write_json
 from spgdd.imagebind.preprocess import preprocess
 from spgdd.images import read_image
 from spgdd.loading import load_model
@@ -48,9 +49,9 @@ def folder(tmp_path_factory):
     for product in PRODUCTS:
         shutil.copytree(MINI / product, folder / product)
     records = json.loads((MINI / "TADD_text.json").read_text())
-    write_records([r for r in records if r["image_name"].startswith(PRODUCTS)], folder / "TADD_text.json")
+    write_json(folder / "TADD_text.json", [r for r in records if r["image_name"].startswith(PRODUCTS)], indent=1)
     chat = [{"image_name": f"{product}/test/good/000", "conversation": turns(3)} for product in PRODUCTS[:2] * 2]
-    write_records(chat, folder / "chat.json")
+    write_json(folder / "chat.json", chat, indent=1)
     return folder
 
 
@@ -67,7 +68,7 @@ def turns(count: int, text: str = "What is it?") -> list[dict]:
 
 
 def write(folder: Path, records: list[dict]) -> Path:
-    write_records(records, folder / "text.json")
+    write_json(folder / "text.json", records, indent=1)
     return folder / "text.json"
 
 

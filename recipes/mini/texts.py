@@ -9,7 +9,7 @@ from torch import Tensor
 from miniworld import FAMILIES
 from miniworld.world import TYPES
 from spgdd.data import grammar, words
-from spgdd.data.grammar import a, finding, kind_of
+from spgdd.data.grammar import VOCABULARY, a, finding, kind_of
 from spgdd.imagebind.text_tokenizer import TextTokenizer, train_text_tokenizer
 from spgdd.places import PLACES
 from spgdd.selfprompt.focuser import STATES, text_prompts
@@ -36,7 +36,7 @@ def samples(family: str, name: str):
 
 def captions(sample: dict, rng: random.Random) -> list[str]:
     """Three captions of a picture: its state as in the state ensemble, what is found on it, its surface."""
-    name = rng.choice([*words.names_of(sample), rng.choice(words.PLAIN_NAMES)])
+    name = rng.choice([*words.names_of(sample), rng.choice(VOCABULARY["plain_names"])])
     defects = sample["defects"]
     state = rng.choice(STATES["abnormal" if defects else "normal"]).format(name)
     first = f"a photo of {rng.choice(('a', 'the'))} {state}."
@@ -60,7 +60,7 @@ def corpus() -> list[str]:
         for name in product_names(family):
             texts += [text for sample in samples(family, name) for text in captions(sample, rng)]
             texts += [text for side in text_prompts(name).values() for text in side]
-    for given in grammar.VOCABULARY["product_names"].values():
+    for given in VOCABULARY["product_names"].values():
         texts += [text for name in given for side in text_prompts(name).values() for text in side]
     return texts + [phrase for kind in TYPES for phrase in patch_phrases(kind)]
 
@@ -87,7 +87,7 @@ class TextBank:
             for text in captions(sample, rng)
         ]
         self.captions = ids(texts, len(FAMILIES), NAMES, 1 + len(TYPES) * len(PLACES), CAPTIONS)
-        known = sorted({name for given in grammar.VOCABULARY["product_names"].values() for name in given})
+        known = sorted({name for given in VOCABULARY["product_names"].values() for name in given})
         texts = [
             text
             for given in names.values()

@@ -63,12 +63,13 @@ def _index(args) -> int:
 
 
 def _describe(args) -> int:
-    from spgdd.data.describe import describe, write_records
+    from spgdd.data.describe import describe
     from spgdd.data.index import index_folder
+    from spgdd.files import write_json
 
     table = index_folder(args.folder, args.visa_split)
     records = describe(table, args.seed)
-    write_records(records, args.output)
+    write_json(args.output, records, indent=1)
     left_out = len(table.rows) - len(records)
     print(f"{args.output}: {len(records)} conversations; {left_out} broken or maskless images left out")
     return 0

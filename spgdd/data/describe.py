@@ -5,7 +5,6 @@ with the phrasings of ``words``. The readers of PandaGPT and AnomalyGPT take it;
 other ending, and use the first question and answer alone.
 """
 
-import json
 import math
 import random
 from collections import defaultdict
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from spgdd.data.grammar import VOCABULARY
+from spgdd.data.grammar import spoken_name
 from spgdd.data.index import Index, Row, read_mask
 from spgdd.data.words import TOPICS, conversation
 from spgdd.places import place_of
@@ -49,14 +48,9 @@ def describe(index: Index, seed: int = 0) -> list[dict]:
     return records
 
 
-def write_records(records: list[dict], path: str | Path) -> None:
-    Path(path).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def sample_of(row: Row, folder: Path) -> dict:
     """What mask, folder name and pixels tell about an image, as ``words`` takes it."""
-    product = VOCABULARY["spoken_names"].get(row.product, row.product.replace("_", " "))
-    sample = {"product": product, "family": "", "size": (row.width, row.height), "defects": []}
+    sample = {"product": spoken_name(row.product), "family": "", "size": (row.width, row.height), "defects": []}
     if row.defect_type == "good":
         return sample
     mask = read_mask(folder / row.mask)  # (H, W)

@@ -25,6 +25,11 @@ def a(name: str) -> str:
     return f"{'an' if vowel or first.lower() in ('hour', 'honest') else 'a'} {name}"
 
 
+def spoken_name(product: str) -> str:
+    """What a person calls a product or data set: "metal nut" for "metal_nut"."""
+    return VOCABULARY["spoken_names"].get(product, product.replace("_", " "))
+
+
 def kind_of(name: str) -> dict:
     """Words for a defect type or folder: ``one``, ``many``; if known ``causes``, ``next``, ``surface``."""
     plain = name.replace("_", " ")

@@ -1,7 +1,6 @@
 """Self-supervised anomalies: a patch of one normal image blended into another, as in AnomalyGPT (after NSA).
 
     result = synthesise(image, source, PRODUCT_SETTINGS.get("screw", DEFAULT), numpy.random.default_rng(0))
-    talk = words.conversation(result.sample("screw"), random.Random(0))
 
 Numbers are AnomalyGPT's; these oddities of the published code are mended:
 - the source is an argument, not whatever image the same data-loader worker drew before;
@@ -10,7 +9,7 @@ Numbers are AnomalyGPT's; these oddities of the published code are mended:
 - each patch has its own place, and only patches that can be seen in the label are kept and talked about.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -63,15 +62,9 @@ PRODUCT_SETTINGS = {
 
 @dataclass(frozen=True)
 class Synthetic:
-    """``image`` uint8 (S, S, 3), ``label`` float32 (S, S) in 0..1, and what ``words`` needs to know."""
-
-    image: np.ndarray
-    label: np.ndarray
-    defects: list[dict] = field(default_factory=list)
-
-    def sample(self, product: str) -> dict:
-        name, size = product.replace("_", " "), self.label.shape[::-1]
-        return {"product": name, "family": "", "size": size, "defects": self.defects}
+    image: np.ndarray  # uint8 (S, S, 3)
+    label: np.ndarray  # float32 (S, S) in 0..1
+    defects: list[dict]  # as ``words`` takes them
 
 
 def synthesise(image: np.ndarray, source: np.ndarray, settings: SynthesisSettings, rng) -> Synthetic:

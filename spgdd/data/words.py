@@ -19,24 +19,7 @@ from spgdd.places import PLACES, place_of
 
 TOPICS = VOCABULARY["topics"]
 OFTEN = ("where", "kind", "describe")  # topics with a double chance
-ADVICE = {
-    "minor": "Mark {the_worst} and let a person decide, it is minor.",
-    "severe": "Take the part out, {the_worst} is severe. {next}",
-}
-NONE = ("There is no defect in the image.", "I see no defect in the image.", "There is no defect.")
-INTRODUCTIONS = (
-    "This is a photo of {}.",
-    "This is a photo of {} for anomaly detection, which should be without any damage, flaw, defect, scratch, "
-    "hole or broken part.",
-)
-PLAIN_NAMES = "object|object|part|product|item|workpiece|component|surface|sample".split("|")
-LOOKALIKES = (  # types that could be taken for each other: beside one, the absence of another is not claimed
-    {"hole", "blowhole", "pitting"},
-    {"stain", "contamination", "discolouration", "burn", "glue"},
-    {"chipped edge", "missing part", "hole"},
-    {"bent", "fold", "dent"},
-    {"fray", "thread"},
-)
+LOOKALIKES = [set(group) for group in VOCABULARY["lookalikes"]]  # beside one, the absence of another is not claimed
 
 
 def default_question(product: str) -> str:
@@ -59,11 +42,11 @@ def conversation(sample: dict, rng: random.Random, turns=None, kinds=TYPES, firs
     nothing.
     """
     turns = turns or rng.choice((1, 2, 3, 4))
-    name = rng.choice(PLAIN_NAMES if rng.random() < 0.2 else names_of(sample))
+    name = rng.choice(VOCABULARY["plain_names"] if rng.random() < 0.2 else names_of(sample))
     named = rng.random() < 0.85
     known = facts(sample["defects"], sample.get("middle"))
     known["noun"] = name if named else "part"
-    known["none"] = rng.choice(NONE)
+    known["none"] = rng.choice(VOCABULARY["no_defect"])
     topics = rng.sample([*TOPICS, *OFTEN], len(TOPICS) + len(OFTEN))
     if not first and rng.random() < 0.7:
         first = ("verdict",)
@@ -83,7 +66,8 @@ def conversation(sample: dict, rng: random.Random, turns=None, kinds=TYPES, firs
         except KeyError:  # not known of this picture
             answer = choose(TOPICS[topic]["unknown"], rng).format_map(known)
         if named and not talk:
-            question = f"{INTRODUCTIONS[rng.random() < 0.05].format(a(name))} {question}"
+            usual, long = VOCABULARY["introductions"]
+            question = f"{(long if rng.random() < 0.05 else usual).format(a(name))} {question}"
         talk += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         if len(talk) == 2 * turns:
             break
@@ -122,7 +106,7 @@ def facts(defects: list[dict], middle: str | None = None) -> dict:
         known["grade"] = f" It is {a(worst['severity'])} defect."
     if "causes" in kind and known.get("contrast") != "faint":
         known["causes"] = " or ".join(kind["causes"][:2])
-    known["advice"] = ADVICE.get(worst.get("severity"), "{next}").format_map(known)
+    known["advice"] = VOCABULARY["advice"].get(worst.get("severity"), "{next}").format_map(known)
     for field in ("there_is", "the_worst"):
         known[field.capitalize()] = known[field][0].upper() + known[field][1:]
     return known

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spgdd.data.grammar import VOCABULARY
+from spgdd.data.grammar import spoken_name
 from spgdd.data.index import Row, index_folder
 from spgdd.data.records import read_records
 from spgdd.data.synthesis import DEFAULT, PRODUCT_SETTINGS
@@ -227,7 +227,7 @@ def _tadd_items(text: Path, images: Path, turns: int | None, variants: int) -> l
             items.append(Item([Picture(image)], said))
             continue
         row = rows[image]
-        name = VOCABULARY["spoken_names"].get(row.product, row.product.replace("_", " "))
+        name = spoken_name(row.product)
         known, is_good = normals.get((row.subset, row.product), ()), row.defect_type == "good"
         picture = Picture(image, images / row.mask if row.mask else None)
         items.append(Item([picture], said, name, known, is_good or bool(row.mask)))
