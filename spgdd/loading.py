@@ -10,9 +10,8 @@ import torch
 import spgdd.imagebind
 from spgdd.errors import WeightsError
 from spgdd.imagebind import TextTokenizer, load_imagebind
-from spgdd.language import LoraSettings, Vicuna
 from spgdd.model import SPGDD
-from spgdd.profiles import Delta, Profile, get_profile, weights_folder
+from spgdd.profiles import SPEAKING, Delta, Profile, get_profile, weights_folder
 from spgdd.tensors import is_standin, read_tensors
 from spgdd.weights.delta import apply_delta
 
@@ -36,15 +35,19 @@ def load_model(
     dtype: torch.dtype | None = None,
     quantize: Literal["8bit", "4bit"] | None = None,
     device_map: str | dict | None = None,
+    language: bool = True,
 ) -> SPGDD:
     """Read a profile's weights from ``root`` (see ``weights_folder``), in evaluation mode.
 
     ``device``: by default a GPU where there is one. ``dtype`` of ImageBind and the language model: by default
     ``choose_dtype``; what can be trained is always float32. ``quantize`` shrinks the language model,
-    ``device_map`` spreads it over several GPUs ("auto", or as in transformers). Raises WeightsError that lists
-    every missing file, or names one that is damaged or belongs to another model.
+    ``device_map`` spreads it over several GPUs ("auto", or as in transformers). Without ``language``
+    none of the language model's files is needed or read: there are maps and verdicts, no words. Raises WeightsError
+    that lists every missing file, or names one that is damaged or belongs to another model.
     """
     profile = get_profile(profile) if isinstance(profile, str) else profile
+    if not language:
+        profile = profile.without_language()
     root = weights_folder(root)
     _require_files(profile, root)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -55,13 +58,16 @@ def load_model(
     imagebind = load_imagebind(root / profile.imagebind_file, config, dtype=dtype, device=device)
     folder = profile.text_tokenizer
     tokenizer = TextTokenizer.load(root / folder) if folder else TextTokenizer()
-    lora = LoraSettings(r=profile.lora_rank, alpha=profile.lora_rank)
-    language = Vicuna.load(root / profile.language, config.joint, dtype, device_map or {"": device}, quantize, lora)
+    vicuna, read = None, [profile.imagebind_file]
+    if profile.language:
+        from spgdd.language import LoraSettings, Vicuna  # seconds to import
+
+        lora = LoraSettings(r=profile.lora_rank, alpha=profile.lora_rank)
+        vicuna = Vicuna.load(root / profile.language, config.joint, dtype, device_map or {"": device}, quantize, lora)
+        read.append(profile.language)
     with device:
-        model = SPGDD(profile, imagebind, language, tokenizer)
-    model.standins = tuple(
-        file for file in (profile.imagebind_file, profile.language) if is_standin(root / file)
-    )
+        model = SPGDD(profile, imagebind, vicuna, tokenizer)
+    model.standins = tuple(file for file in read if is_standin(root / file))
     load_deltas(model, profile.deltas, root)
     return model.eval()
 
@@ -73,6 +79,8 @@ def load_deltas(model: SPGDD, deltas: Sequence[Delta], root: Path) -> None:
         # The published files name the language model's parameters without saying whose they are.
         state = read_tensors(root / delta.file)
         state = {f"language.{k}" if k.startswith("llama_") else k: value for k, value in state.items()}
+        if model.language is None:
+            state = {k: value for k, value in state.items() if not k.startswith(SPEAKING)}
         try:
             apply_delta(model, state, delta.parts)
         except WeightsError as error:

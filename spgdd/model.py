@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer
-from spgdd.language import Vicuna
-from spgdd.language.vicuna import to_device
 from spgdd.profiles import Profile
 from spgdd.selfprompt import (
     AbnormalPrompts,
@@ -27,15 +26,20 @@ from spgdd.selfprompt import (
 from spgdd.selfprompt.comparison import probability, word_evidence
 from spgdd.selfprompt.focuser import enlarge, text_vectors, zero_shot_map
 from spgdd.selfprompt.memory import closest, on_grid
+from spgdd.tensors import to_device
+
+if TYPE_CHECKING:
+    from spgdd.language import Vicuna
 
 
 class SPGDD(nn.Module):
     """Image features -> anomaly map -> prompt tokens -> text.
 
+    Without a language model (None) there are maps and no text, and none of the parts that make prompt tokens for it.
     Shapes: B images, L taps, N patches, D vision width, J joint width, H language width, P prompt tokens.
     """
 
-    def __init__(self, profile: Profile, imagebind: ImageBind, language: Vicuna, tokenizer: TextTokenizer):
+    def __init__(self, profile: Profile, imagebind: ImageBind, language: "Vicuna | None", tokenizer: TextTokenizer):
         super().__init__()
         config = imagebind.config
         taps, width = len(config.taps), config.vision.width
@@ -45,11 +49,12 @@ class SPGDD(nn.Module):
         self.language = language
         self.text_tokenizer = tokenizer
         self.image_decoder = PatchDecoder(width, config.joint, taps)
-        self.prompt_learner = PromptLearner(language.hidden, profile.prompt_channels)
+        speaks = language is not None
+        self.prompt_learner = PromptLearner(language.hidden, profile.prompt_channels) if speaks else None
         self.memory = Memory(taps, width, profile.scales)
         self.comparison = Comparison(taps) if profile.comparison else None
-        self.focus = Focus(width, language.hidden, taps) if profile.focus else None
-        self.memory_tokens = MemoryTokens(width, language.hidden) if profile.memory_tokens else None
+        self.focus = Focus(width, language.hidden, taps) if speaks and profile.focus else None
+        self.memory_tokens = MemoryTokens(width, language.hidden) if speaks and profile.memory_tokens else None
         self.abnormal_prompts = AbnormalPrompts(config.text.width) if profile.learned_prompts else None
         self._sentences: dict[str, tuple[Tensor, Tensor]] = {}
         self._anchors: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
 """The profiles: one word chooses the networks, their files and what the machine must have."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spgdd.errors import SpgddError
@@ -25,7 +25,7 @@ class Profile:
     imagebind: str  # name of the ImageBindConfig constant in spgdd.imagebind
     imagebind_file: str  # .pth or .safetensors
     text_tokenizer: str | None  # folder of ImageBind's text tokenizer; None: CLIP's, in the package
-    language: str  # folder of the LLaMA-shaped model: config.json, weights, tokenizer.model
+    language: str | None  # folder of the LLaMA-shaped model: config.json, weights, tokenizer.model; None: no text
     deltas: tuple[Delta, ...]  # in load order: a later file wins
     lora_rank: int  # rank of the LoRA matrices on q, k, v, o, and their alpha
     scales: tuple[int, ...]  # sides of the memory's neighbourhoods, in patches; (1,): AnomalyGPT's
@@ -48,12 +48,21 @@ class Profile:
 
     def files(self) -> dict[str, str]:
         """The files that must be there before loading can start, each with the notebook that provides it."""
-        base = [self.imagebind_file, f"{self.language}/config.json", f"{self.language}/tokenizer.model"]
+        base = [self.imagebind_file]
+        if self.language:
+            base += [f"{self.language}/config.json", f"{self.language}/tokenizer.model"]
         if self.text_tokenizer:
             base.append(f"{self.text_tokenizer}/merges.txt")
         return {file: self.notebook for file in base} | {delta.file: delta.notebook for delta in self.deltas}
 
+    def without_language(self) -> "Profile":
+        """The same eyes, memory and words without what speaks: its files, and the parts that make prompts for it."""
+        parts = [tuple(part for part in delta.parts if not part.startswith(SPEAKING)) for delta in self.deltas]
+        deltas = tuple(replace(delta, parts=kept) for delta, kept in zip(self.deltas, parts, strict=True) if kept)
+        return replace(self, language=None, deltas=deltas, focus=False, memory_tokens=False)
 
+
+SPEAKING = ("language", "prompt_learner", "focus", "memory_tokens")  # parts of SPGDD that only text needs
 MAP_PARTS = ("image_decoder", "prompt_learner")
 SPGDD_PARTS = (*MAP_PARTS, "memory", "comparison", "focus", "memory_tokens", "abnormal_prompts")
 LANGUAGE_PARTS = ("language.llama_model", "language.llama_proj")  # of the language model, LoRA alone

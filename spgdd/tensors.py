@@ -177,3 +177,8 @@ def sha256_of(path: Path, *others: str) -> tuple[str, ...]:
             for digest in digests:
                 digest.update(block)
     return tuple(digest.hexdigest() for digest in digests)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the CPU to a device; a GPU is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

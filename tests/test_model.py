@@ -228,6 +228,19 @@ def test_missing_files_are_listed_all_at_once(tmp_path):
     assert "imagebind_huge" not in message
 
 
+def test_without_a_language_part_no_file_of_it_is_needed_and_the_map_is_the_same(model, weights, tmp_path):
+    for folder in ("imagebind_ckpt", "anomalygpt_ckpt"):
+        (tmp_path / folder).symlink_to(weights / folder)
+    silent = load_model(TINY_PROFILE, tmp_path, device="cpu", language=False)
+    silent.text_tokenizer = reduced_tokenizer
+    assert silent.language is silent.prompt_learner is silent.focus is silent.memory_tokens is None
+    features = encode(model, ["01_rgb_301x203.png"])
+    for bank in (None, model.build_bank(encode(model, ["07_exif6_200x120.jpg"]).patches, "screw")):
+        assert torch.equal(silent.anomaly_map(features, "screw", bank), model.anomaly_map(features, "screw", bank))
+    with pytest.raises(WeightsError, match=r"lacks 3 file\(s\)"):
+        load_model(TINY_PROFILE, tmp_path, device="cpu")
+
+
 def test_the_weights_folder_may_come_from_the_environment(weights, monkeypatch):
     monkeypatch.setenv("SPGDD_WEIGHTS", str(weights))
     assert load_model(TINY_PROFILE, device="cpu").profile is TINY_PROFILE

@@ -26,6 +26,18 @@ def test_importing_the_package_and_its_profiles_imports_nothing_heavy():
     assert not set(HEAVY) & {name.split(".")[0] for name in run(code).split()}
 
 
+def test_without_a_language_part_neither_its_files_nor_its_libraries_are_touched(tmp_path):
+    (tmp_path / "mini").mkdir()
+    for name in ("imagebind.safetensors", "text_tokenizer", "delta.safetensors"):
+        (tmp_path / "mini" / name).symlink_to(weights_folder() / "mini" / name)
+    run(
+        "import sys, spgdd, spgdd.diagnosis\n"
+        f"model = spgdd.load_model('mini', {str(tmp_path)!r}, language=False)\n"
+        "assert model.profile.language is model.language is None\n"
+        "assert not {'peft', 'accelerate', 'transformers.models.llama.modeling_llama'} & set(sys.modules)"
+    )
+
+
 def test_every_public_name_resolves():
     for name in set(spgdd.__all__) - {"PROFILES"}:
         assert getattr(spgdd, name).__name__ == name

@@ -6,6 +6,7 @@ Each piece is tokenised on its own. Only the answers and the `\\n###` that close
 """
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from spgdd.errors import DataError, SpgddError
 from spgdd.language.tokenizer import LlamaTokenizer
@@ -15,6 +16,13 @@ IMAGE_END = "</Img> "
 ASSISTANT = "\n### Assistant:"
 STOP = "\n###"
 IGNORE = -100  # target of positions that are not learned
+
+
+class Answer(NamedTuple):
+    text: str
+    ids: list[int]  # as generated, with the stop marker or EOS
+    stopped: Literal["marker", "eos", "length"]
+    yes: float  # how likely it was to begin with Yes and not with No, 0 to 1
 
 
 def encode_turns(tokenizer: LlamaTokenizer, turns: Sequence[dict], max_length: int,

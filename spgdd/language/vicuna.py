@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
 
 from spgdd.errors import SpgddError, WeightsError
-from spgdd.language.conversation import ASSISTANT, IGNORE, IMAGE_END, PROMPT_START, encode_turns, fold_history
+from spgdd.language.conversation import ASSISTANT, IGNORE, IMAGE_END, PROMPT_START, Answer, encode_turns, fold_history
 from spgdd.language.tokenizer import LlamaTokenizer
+from spgdd.tensors import to_device
 from spgdd.weights.llama import require_v0
 
 DOWNLOAD = "Get it with `spgdd weights download PROFILE` or notebook 01."
@@ -42,13 +43,6 @@ PUBLISHED = LoraSettings()
 class LanguageOutput(NamedTuple):
     loss: Tensor  # scalar float32, nats per target token of the batch
     token_accuracy: Tensor  # scalar float32 in [0, 1]
-
-
-class Answer(NamedTuple):
-    text: str
-    ids: list[int]  # as generated, with the stop marker or EOS
-    stopped: Literal["marker", "eos", "length"]
-    yes: float  # how likely it was to begin with Yes and not with No, 0 to 1
 
 
 class Vicuna(nn.Module):
@@ -275,8 +269,3 @@ def _quantization(quantize: str | None, dtype: torch.dtype) -> BitsAndBytesConfi
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor from the CPU to a device; a GPU is not waited for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spgdd.language.vicuna import to_device
 from spgdd.model import SPGDD
 from spgdd.selfprompt.abnormal_prompts import MATCHING, matching_loss, triplet_loss
 from spgdd.selfprompt.comparison import word_evidence
 from spgdd.selfprompt.focuser import dice_loss, focal_loss, over_taps, zero_shot_probabilities
+from spgdd.tensors import to_device
 from spgdd.training.data import Batch
 
 MASK_THRESHOLD = 0.3  # a mask pixel above it is defective (AnomalyGPT)
