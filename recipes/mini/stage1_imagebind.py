@@ -48,7 +48,8 @@ class Trainee(nn.Module):
         self.image_decoder = PatchDecoder(MINI.vision.width, MINI.joint, len(MINI.taps))
         self.memory = Memory(len(MINI.taps), MINI.vision.width, SCALES)
         self.comparison = Comparison(len(MINI.taps))
-        # Not learned: the generated world overrates the memory, and the words of the last tap. settle.py sets them.
+        # Not learned, as the generated world overrates the memory and the words of the last tap: fit_comparison.py sets
+        # them.
         self.comparison.steepness.requires_grad_(False).fill_(8.0)
         self.comparison.trust.requires_grad_(False).fill_(1 / len(MINI.taps))
         self.steepness, self.threshold = nn.Parameter(torch.tensor(12.0)), nn.Parameter(torch.tensor(0.35))
