@@ -1,4 +1,4 @@
-"""Load full-size stand-ins of profile anomalygpt-7b strictly into the real-size model, and climb the ladder.
+"""Load full-size stand-ins of profile anomalygpt-7b strictly into the real-size model, and run the three checks.
 
     python benchmarks/load_standins.py FOLDER [cpu | cuda]
 
@@ -6,7 +6,7 @@ FOLDER gets 19 GB of stand-ins; a Vicuna that merge_vicuna.py left there is used
 memory. Each step prints its seconds and the peak of resident memory; what does not fit raises an error.
 
 Measured on two cores of an AMD EPYC without GPU, in float16: 5.1 GB of stand-ins 11 s, ImageBind's six towers
-(mapped) under 1 s, Vicuna with both deltas 24 s, ladder 461 s; peak 17.0 GB with the mapped files.
+(mapped) under 1 s, Vicuna with both deltas 24 s, checks 461 s; peak 17.0 GB with the mapped files.
 """
 
 import resource
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from spgdd.cli.checks import climb
+from spgdd.cli.checks import run_checks
 from spgdd.imagebind import HUGE, MODALITIES, load_imagebind
 from spgdd.weights.verify import status
 from write_standins import standin
@@ -43,8 +43,8 @@ def main(folder: Path, device: str) -> None:
     del model
     start = step(f"imagebind_huge.pth, all six towers, {count:,} values", start)
 
-    for rung in climb("anomalygpt-7b", folder, device=device, dtype=torch.float16):
-        start = step(str(rung), start)
+    for check in run_checks("anomalygpt-7b", folder, device=device, dtype=torch.float16):
+        start = step(str(check), start)
 
 
 if __name__ == "__main__":

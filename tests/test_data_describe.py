@@ -1,6 +1,5 @@
 """The text that is written about a data set is true to its masks; the reader takes it and PandaGPT's."""
 
-import argparse
 import json
 import random
 import re
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spgdd.cli.tadd import add_commands
+from spgdd import cli
 from spgdd.data.describe import contrast_of, describe, measure, sample_of, shape_of
 from spgdd.data.index import index_folder, read_mask
 from spgdd.data.records import read_records
@@ -142,12 +141,8 @@ def test_pandagpt_instructions_and_wrong_files(tmp_path):
 
 
 def test_commands(folder, capsys):
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
-
     def run(*words):
-        args = parser.parse_args(["tadd", *map(str, words)])
-        return args.run(args), capsys.readouterr().out
+        return cli.main(["tadd", *map(str, words)]), capsys.readouterr().out
 
     status, out = run("index", folder, "-o", folder / "index.csv")
     assert status == 0 and "5 images, 0 problems" in out and (folder / "index.csv").is_file()

@@ -1,6 +1,5 @@
 """Metrics against closed forms and brute force; the protocol diagnoses as the Diagnoser does, and encodes once."""
 
-import argparse
 import json
 from types import SimpleNamespace
 
@@ -15,8 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from conftest import check
 from fake_model import FakeModel, part
 from miniworld.tasks import miniworld_tasks
-from spgdd import diagnosis
-from spgdd.cli.evaluate import add_commands, plot
+from spgdd import cli, diagnosis
 from spgdd.diagnosis import Diagnoser
 from spgdd.errors import DataError, SpgddError
 from spgdd.evaluation.ablation import ablate
@@ -26,6 +24,7 @@ from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise, to_pixels
 from spgdd.loading import load_model
 from spgdd.selfprompt.focuser import enlarge
+from spgdd.ui.plots import plot_shots
 from spgdd.views import Placement
 
 # Metrics
@@ -288,12 +287,10 @@ def test_scales_keep_their_gates_and_options_go_to_the_profile():
 
 def test_variants_are_evaluated_side_by_side(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diagnosis, "load", lambda profile, **options: Diagnoser(Speaker()))
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
     (tmp_path / "variants.json").write_text('{"full": {}, "small": {"budget": 9, "tiles": 1}}')
     line = f"evaluate --data {folder} --shots 2 --seeds 0 --no-text --set tiles=2 --ablate {tmp_path}/variants.json"
-    options = parser.parse_args([*line.split(), "--json", f"{tmp_path}/a.json", "--csv", f"{tmp_path}/a.csv"])
-    assert options.run(options) == 0
+    arguments = [*line.split(), "--json", f"{tmp_path}/a.json", "--csv", f"{tmp_path}/a.csv"]
+    assert cli.main(arguments) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [row.split()[1] for row in shown if row.startswith("2 ")] == ["full", "small"]
     written = json.loads((tmp_path / "a.json").read_text())
@@ -301,8 +298,7 @@ def test_variants_are_evaluated_side_by_side(folder, tmp_path, monkeypatch, caps
     assert written["runs"][0]["pictures"][0]["score"] != written["runs"][1]["pictures"][0]["score"]
     assert (tmp_path / "a.csv").read_text().startswith("variant,subset,")
     (tmp_path / "variants.json").write_text("[]")
-    with pytest.raises(DataError, match="give an object"):
-        options.run(options)
+    assert cli.main(arguments) == 1 and "give an object" in capsys.readouterr().err
 
 
 # Command
@@ -310,12 +306,9 @@ def test_variants_are_evaluated_side_by_side(folder, tmp_path, monkeypatch, caps
 
 def test_command_writes_table_json_csv_and_plot(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diagnosis, "load", lambda profile, **options: Diagnoser(Speaker()))
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
     out = tmp_path / "out"
     line = f"evaluate --data {folder} --shots 0 1 --seeds 0 1 --json {out}/e.json --csv {out}/e.csv --plot {out}/e.png"
-    options = parser.parse_args(line.split() + ["--product", "bolt=hex bolt"])
-    assert options.run(options) == 0
+    assert cli.main([*line.split(), "--product", "bolt=hex bolt"]) == 0
     shown = capsys.readouterr().out
     assert "image AUROC" in shown and "balanced" in shown and " ± " in shown
     written = json.loads((out / "e.json").read_text())
@@ -324,11 +317,10 @@ def test_command_writes_table_json_csv_and_plot(folder, tmp_path, monkeypatch, c
     assert lines[0].startswith("subset,product,shots,seed,image_auroc") and len(lines) == 1 + 3
     with Image.open(out / "e.png") as picture:
         assert picture.width > 500
-    lines = [line.get_label() for line in plot(written["summary"]).axes[0].get_lines()]
+    lines = [line.get_label() for line in plot_shots(written["summary"]).axes[0].get_lines()]
     assert "WinCLIP+, published, MVTec-AD" in lines and not any("VisA" in label for label in lines)
-    options = parser.parse_args(["evaluate", "--data", str(folder), "--product", "bolt"])
-    with pytest.raises(SpgddError, match="takes KEY=VALUE"):
-        options.run(options)
+    assert cli.main(["evaluate", "--data", str(folder), "--product", "bolt"]) == 1
+    assert "takes KEY=VALUE" in capsys.readouterr().err
 
 
 def test_counting_takes_the_rounding_errors_of_maps():

@@ -2,46 +2,77 @@
 
     spgdd diagnose part.png --normal good/ --product "metal nut" --json result.json --report result.html
 
-Exit status: 0 all well, 1 something could not be done (a line on stderr says what), 2 wrong usage.
+Exit status: 0 all well, 1 something could not be done (a line on stderr says what), 2 wrong usage, 130 interrupted.
 """
 
-import argparse
 import io
-import os
 import sys
+from typing import Annotated
+
+import typer
 
 from spgdd import __version__
-from spgdd.cli.common import complain
-from spgdd.cli.diagnose import add_diagnose
-from spgdd.cli.evaluate import add_commands as add_evaluate
-from spgdd.cli.memory import add_commands as add_memory
-from spgdd.cli.tadd import add_commands as add_tadd
-from spgdd.cli.train import add_commands as add_train
-from spgdd.cli.weights import add_commands as add_weights
-from spgdd.errors import SpgddError
+from spgdd.cli import memory, tadd, weights
+from spgdd.cli.common import MODEL, add, complain
+from spgdd.cli.diagnose import diagnose
+from spgdd.cli.evaluate import evaluate
+from spgdd.cli.train import SETTINGS, train
+
+UsageError = typer.BadParameter.__base__  # of all wrong usage; typer has no public name for it
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="spgdd", description="Find, show and explain product defects.")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it before all else
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_diagnose, add_memory, add_evaluate, add_train, add_weights, add_tadd):
-        add(commands).add_argument("--debug", action="store_true", help="show where an error comes from")
-    options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
-        return options.run(options)
-    except SpgddError as error:
-        if options.debug:
-            raise
-        complain(error)
-        return 1
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
-    except BrokenPipeError:  # whoever reads stdout, `head` for example, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return app(arguments, prog_name="spgdd", standalone_mode=False) or 0
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "spgdd"
+        complain(f"{' '.join(error.format_message().split())} `{command} --help` shows the usage.")
+        return 2
+
+
+def group(name: str, about: str) -> typer.Typer:
+    made = typer.Typer(help=about)
+    app.add_typer(made, name=name)
+    return made
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
+
+
+@app.callback()
+def spgdd(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="show it")] = False,
+    local_rank: Annotated[str | None, typer.Option("--local_rank", hidden=True)] = None,  # DeepSpeed's launcher adds it
+) -> None:
+    """Find, show and explain product defects."""
+
+
+add(app, "diagnose", diagnose, MODEL,
+    epilog='example: spgdd diagnose parts/ --normal good/ --product "metal nut" --report result.html')  # fmt: skip
+actions = group("memory", "Keep what normal pictures look like in a file.")
+add(actions, "build", memory.build, MODEL)
+add(actions, "inspect", memory.inspect)
+add(app, "evaluate", evaluate, MODEL, epilog="All figures are percentages.")
+add(app, "train", train, SETTINGS)
+actions = group("weights", "List, download, verify, merge and check weights.")
+add(actions, "list", weights.show_states)
+add(actions, "show", weights.show)
+add(actions, "download", weights.download)
+add(actions, "verify", weights.verify)
+add(actions, "merge-vicuna", weights.merge_vicuna)
+add(actions, "check", weights.check)
+actions = group("tadd", "Index data sets, write TADD_text.json, download.")
+add(actions, "index", tadd.index)
+add(actions, "describe", tadd.describe)
+add(actions, "world", tadd.world)
+add(actions, "download", tadd.download)

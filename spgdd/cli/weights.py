@@ -1,60 +1,34 @@
-"""`spgdd weights ...`: the weights functions as commands."""
+"""`spgdd weights`: the files of a profile, found, fetched, proved, merged and tried."""
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
+from typer import Argument, Option
+
+from spgdd.cli.common import DEVICE, QUANTIZE, ROOT, accepted
 from spgdd.profiles import weights_folder
 from spgdd.weights import catalog
 
-
-def add_commands(subparsers) -> argparse.ArgumentParser:
-    """Add `weights` to the sub-parsers of `spgdd`; every action sets `run(options)` -> exit status."""
-    parser = subparsers.add_parser("weights", help="list, download, verify, merge and rehearse weights")
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    profiles, parts = catalog.names()
-    everything = f"profiles: {', '.join(profiles)}; parts: {', '.join(parts)}"
-
-    def action(name: str, run, help: str, names: bool = True) -> argparse.ArgumentParser:
-        sub = actions.add_parser(name, help=help, description=help)
-        if names:
-            sub.add_argument("names", nargs="+", metavar="NAME", help=everything)
-        sub.add_argument("--root", help="weights folder (default: $SPGDD_WEIGHTS or pretrained_ckpt)")
-        sub.set_defaults(run=run)
-        return sub
-
-    action("list", _list, "every profile and part: what is there", names=False)
-    action("show", _show, "files, links, sizes, hashes and licences")
-    action("download", _download, "fetch what is missing: resumed, verified, mirrors in turn").add_argument(
-        "--yes", action="store_true", help="do not ask; you have read the licences with `show`")
-    action("verify", _verify, "read every byte and compare with what is published")
-    merge = action("merge-vicuna", _merge, "Vicuna v0 = LLaMA + delta, in little memory", names=False)
-    merge.add_argument("size", choices=("7b", "13b"))
-    for option, where in (("--base", "llama_ckpt/SIZE"), ("--delta", "vicuna_ckpt/SIZE_delta_v0"),
-                          ("--out", "vicuna_ckpt/SIZE_v0")):
-        merge.add_argument(option, help=f"folder (default: {where} in the weights folder)")
-    check = action("check", _check, "Vicuna talks, PandaGPT sees, the diagnosis model answers", names=False)
-    check.add_argument("profile", choices=profiles)
-    check.add_argument("--device", help="cpu, cuda, cuda:1, ...")
-    check.add_argument("--quantize", choices=("8bit", "4bit"))
-    return parser
+PROFILES, PARTS = catalog.names()
+NAMES = Argument(help=f"profiles: {', '.join(PROFILES)}; parts: {', '.join(PARTS)}")
 
 
-def _list(args) -> int:
+def show_states(root: Path = ROOT) -> None:
+    """Every profile and part: what is there."""
     from spgdd.weights.verify import status
 
-    profiles, bundles = catalog.names()
-    for title, names in (("Profiles", profiles), ("Parts", bundles)):
+    for title, names in (("Profiles", PROFILES), ("Parts", PARTS)):
         print(title)
         for name in names:
-            rows = status(name, args.root)
+            rows = status(name, root)
             states = ", ".join(sorted({row.state for row in rows}))
             print(f"  {name:<24}{catalog.readable(sum(row.size for row in rows)):>9}  {states}")
-    return 0
 
 
-def _show(args) -> int:
-    for bundle in catalog.get_bundles(args.names):
+def show(names: list[str] = NAMES) -> None:
+    """Files, links, sizes, hashes and licences."""
+    for bundle in catalog.get_bundles(names):
         print(f"{bundle.name}: {bundle.title}, {catalog.readable(bundle.size)}\n  licence: {bundle.licence}\n"
               f"  notebooks: {', '.join(bundle.notebooks)}")
         if not bundle.files:
@@ -65,44 +39,59 @@ def _show(args) -> int:
             print(f"  {file.path} ({catalog.readable(file.size) if file.size else 'small'}; {known})")
             for source in file.sources:
                 print(f"      {source}")
-    return 0
 
 
-def _download(args) -> int:
-    from spgdd.weights.download import download
-    from spgdd.weights.plan import plan
+def download(
+    names: list[str] = NAMES,
+    yes: bool = Option(False, "--yes", help="do not ask; you have read the licences with `show`"),
+    root: Path = ROOT,
+) -> int:
+    """Fetch what is missing: resumed, verified, mirrors in turn."""
+    from spgdd.weights import download, plan
 
-    todo = plan(args.names, args.root)
+    todo = plan.plan(names, root)
     print(todo)
-    if todo.files and not args.yes and input("Accept these licences and start? [y/N] ").lower() != "y":
+    if todo.files and not yes and not accepted("Accept these licences and start?"):
         return 1
-    return _print_rows(download(args.names, args.root))
+    return _print_rows(download.download(names, root))
 
 
-def _verify(args) -> int:
+def verify(names: list[str] = NAMES, root: Path = ROOT) -> int:
+    """Read every byte and compare with what is published."""
     from spgdd.weights.verify import verify
 
-    return _print_rows(verify(args.names, args.root))
+    return _print_rows(verify(names, root))
 
 
-def _merge(args) -> int:
+def merge_vicuna(
+    size: Literal["7b", "13b"],
+    base: Path = Option(None, help="folder of LLaMA (default: llama_ckpt/SIZE in the weights folder)"),
+    delta: Path = Option(None, help="folder of the delta (default: vicuna_ckpt/SIZE_delta_v0 there)"),
+    out: Path = Option(None, help="folder to write (default: vicuna_ckpt/SIZE_v0 there)"),
+    root: Path = ROOT,
+) -> None:
+    """Vicuna v0 = LLaMA + delta, in little memory."""
     from spgdd.weights.merge import merge_vicuna
 
-    root = weights_folder(args.root)
-    out = Path(args.out or root / f"vicuna_ckpt/{args.size}_v0")
-    report = merge_vicuna(args.base or root / f"llama_ckpt/{args.size}",
-                          args.delta or root / f"vicuna_ckpt/{args.size}_delta_v0", out)
+    root = weights_folder(root)
+    out = out or root / f"vicuna_ckpt/{size}_v0"
+    report = merge_vicuna(base or root / f"llama_ckpt/{size}", delta or root / f"vicuna_ckpt/{size}_delta_v0", out)
     print(f"Vicuna v0 is complete in {out}: {len(report['files'])} files, hashes in merge_report.json.")
-    return 0
 
 
-def _check(args) -> int:
-    from spgdd.cli.checks import climb
+def check(
+    profile: Literal[tuple(PROFILES)],
+    root: Path = ROOT,
+    device: str = DEVICE,
+    quantize: Literal["8bit", "4bit"] = QUANTIZE,
+) -> int:
+    """Vicuna talks, PandaGPT sees, the diagnosis model answers."""
+    from spgdd.cli.checks import run_checks
 
     failed = False
-    for rung in climb(args.profile, args.root, device=args.device, quantize=args.quantize):
-        print(rung)
-        failed = failed or rung.passed is False
+    for each in run_checks(profile, root, device=device, quantize=quantize):
+        print(each)
+        failed = failed or each.passed is False
     return int(failed)
 
 

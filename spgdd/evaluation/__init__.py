@@ -1,1 +1,1 @@
-"""How good the diagnoses are: the k-shot protocol, its metrics, and the command ``spgdd evaluate``."""
+"""How good the diagnoses are: the k-shot protocol, its metrics and tables."""

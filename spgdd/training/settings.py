@@ -18,35 +18,40 @@ from spgdd.errors import SpgddError
 PRESETS = Path(__file__).with_name("presets")
 
 
+def setting(default, about: str):
+    """A field with what it means."""
+    return field(default=default, metadata={"help": about})
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every field is also an option of ``spgdd train``."""
 
-    epochs: int = 1  # rounds over the data
-    steps: int = 0  # optimiser steps in place of epochs; 0: as many as the epochs take
-    batch: int = 16  # examples of one optimiser step, over all GPUs and accumulation
-    micro_batch: int = 0  # examples that one GPU takes at once; 0: its share of the batch
-    max_tgt_len: int = 1024  # tokens of a conversation, without image and prompt tokens
-    learning_rate: float = 1e-3  # at the end of the warm-up
-    betas: tuple = (0.9, 0.95)  # of AdamW
-    eps: float = 1e-8  # of AdamW
-    weight_decay: float = 0.001  # of AdamW
-    clip: float = 1.0  # largest norm of the gradients
-    warmup: float = 0.1  # share of the steps with a rising learning rate
-    schedule: str = "cosine"  # how it falls to zero afterwards: cosine, linear, or constant (not at all)
-    lora_dropout: float = 0.1  # share of LoRA's inputs that is left out
-    seed: int = 42  # of the order of the data and all that is random
-    precision: str = "auto"  # of the frozen models: auto, float32, bfloat16 or float16
-    quantize: str = "none"  # the frozen language model in "8bit" or "4bit" (QLoRA; needs bitsandbytes)
-    checkpointing: bool = False  # recompute each layer in the backward pass: less memory, a third slower
-    compile: bool = False  # torch.compile each layer: minutes at the start, faster steps
-    pad_to: int = 16  # sequences get a multiple of so many tokens
-    log_every: int = 10  # steps between lines of the log
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints that stay
-    evaluate_every: int = 0  # steps between evaluations on held-out samples; 0: none
-    evaluate_on: int = 64  # held-out samples of one evaluation
-    answers: int = 3  # of them shown with question and answer
+    epochs: int = setting(1, "rounds over the data")
+    steps: int = setting(0, "optimiser steps in place of epochs; 0: as many as the epochs take")
+    batch: int = setting(16, "examples of one optimiser step, over all GPUs and accumulation")
+    micro_batch: int = setting(0, "examples that one GPU takes at once; 0: its share of the batch")
+    max_tgt_len: int = setting(1024, "tokens of a conversation, without image and prompt tokens")
+    learning_rate: float = setting(1e-3, "at the end of the warm-up")
+    betas: tuple = setting((0.9, 0.95), "of AdamW")
+    eps: float = setting(1e-8, "of AdamW")
+    weight_decay: float = setting(0.001, "of AdamW")
+    clip: float = setting(1.0, "largest norm of the gradients")
+    warmup: float = setting(0.1, "share of the steps with a rising learning rate")
+    schedule: str = setting("cosine", "how it falls to zero afterwards: cosine, linear, or constant (not at all)")
+    lora_dropout: float = setting(0.1, "share of LoRA's inputs that is left out")
+    seed: int = setting(42, "of the order of the data and all that is random")
+    precision: str = setting("auto", "of the frozen models: auto, float32, bfloat16 or float16")
+    quantize: str = setting("none", 'the frozen language model in "8bit" or "4bit" (QLoRA; needs bitsandbytes)')
+    checkpointing: bool = setting(False, "recompute each layer in the backward pass: less memory, a third slower")
+    compile: bool = setting(False, "torch.compile each layer: minutes at the start, faster steps")
+    pad_to: int = setting(16, "sequences get a multiple of so many tokens")
+    log_every: int = setting(10, "steps between lines of the log")
+    save_every: int = setting(500, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints that stay")
+    evaluate_every: int = setting(0, "steps between evaluations on held-out samples; 0: none")
+    evaluate_on: int = setting(64, "held-out samples of one evaluation")
+    answers: int = setting(3, "of them shown with question and answer")
     sections: dict = field(default_factory=dict)  # of the DeepSpeed file, for DeepSpeed itself
 
 

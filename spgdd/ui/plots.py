@@ -110,3 +110,31 @@ def mark_patches(picture, patches: Iterable[int | None], grid: int) -> np.ndarra
         box = (column * width - 2, row * height - 2, (column + 1) * width + 1, (row + 1) * height + 1)
         ImageDraw.Draw(marked).rectangle(box, outline=MARKS[number % len(MARKS)], width=3)
     return np.asarray(marked)
+
+
+def plot_shots(rows: Sequence[dict]):
+    """A matplotlib figure of rows of ``summarise``: image and pixel AUROC over shots, of each subset and of their mean,
+    beside published figures: of the evaluated data sets, else of MVTec-AD, which is said.
+    """
+    from matplotlib.figure import Figure
+
+    from spgdd.evaluation.tables import PUBLISHED
+
+    subsets = list(dict.fromkeys(row["subset"] for row in rows))
+    shared = {data for data in ("MVTec-AD", "VisA") if data in subsets} or {"MVTec-AD"}
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ("image_auroc", "pixel_auroc"), strict=True):
+        for subset in subsets:
+            these = [row for row in rows if row["subset"] == subset and row["metrics"][metric]["mean"] is not None]
+            values = [row["metrics"][metric] for row in these]
+            bold = {"color": "black", "linewidth": 2.5} if subset == "mean" else {"linewidth": 1, "alpha": 0.7}
+            axes.errorbar(
+                [row["shots"] for row in these], [v["mean"] for v in values], [v["std"] or 0 for v in values],
+                marker="o", capsize=3, label=f"{subset}, this run", **bold,
+            )  # fmt: skip
+        for line, known in zip((":", "--", "-.") * 2, (f for f in PUBLISHED if f["data"] in shared), strict=False):
+            label = f"{known['method']}, published, {known['data']}"
+            axes.plot(known["shots"], known[metric], line, color="grey", marker=".", label=label)
+        axes.set(xlabel="normal pictures (shots)", ylabel=f"{metric.split('_')[0]} AUROC (%)")
+    figure.axes[1].legend(bbox_to_anchor=(1, 1), loc="upper left", fontsize="small")
+    return figure

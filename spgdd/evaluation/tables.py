@@ -1,0 +1,46 @@
+"""Figures of an evaluation as text, as CSV, and published ones to set beside them."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from spgdd.files import write_text
+
+MAP = {  # heading of a column: its metric
+    "image AUROC": "image_auroc", "AP": "image_ap", "F1-max": "image_f1_max", "pixel AUROC": "pixel_auroc",
+    "AP ": "pixel_ap", "PRO": "pro", "overkill": "map_overkill", "miss": "map_miss", "unsure": "map_unsure",
+    "false alarms": "map_above_threshold", "place": "map_place",
+}  # fmt: skip
+TEXT = {
+    "accuracy": "text_accuracy", "balanced": "text_balanced", "overkill": "text_overkill", "miss": "text_miss",
+    "unparsed": "text_unparsed", "cut off": "text_cut", "place": "text_place", "kind": "text_kind",
+}  # fmt: skip
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))["figures"]
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """Rows of ``summarise`` as aligned text; "-" where a figure is not defined."""
+    width = max(len(row["subset"]) for row in rows) + 1
+    lines = ["shots " + "subset".ljust(width) + "".join(f"{heading.strip():>13}" for heading in columns)]
+    for row in rows:
+        cells = (_cell(row["metrics"].get(metric)) for metric in columns.values())
+        lines.append(f"{row['shots']:<6}{row['subset']:<{width}}" + "".join(f"{text:>13}" for text in cells))
+    return "\n".join(lines)
+
+
+def _cell(value: dict | None) -> str:
+    """ "70.5 ± 1.2" """
+    if not value or value["mean"] is None:
+        return "-"
+    return f"{value['mean']:.1f}" + ("" if value["std"] is None else f" ± {value['std']:.1f}")
+
+
+def write_csv(path: str | Path, runs: list[dict]) -> Path:
+    """Write a line for each run of ``evaluate``."""
+    keys = ["variant"] * bool(runs[0].get("variant")) + ["subset", "product", "shots", "seed"]
+    metrics, lines = list(runs[0]["metrics"]), io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow([*keys, *metrics])
+    writer.writerows([*(run[key] for key in keys), *(run["metrics"][metric] for metric in metrics)] for run in runs)
+    return write_text(path, lines.getvalue())
