@@ -17,8 +17,8 @@ from scipy import special, stats
 from torch import Tensor
 
 from spgdd.errors import SpgddError
-from spgdd.views import SIZE
 
+METHODS = ("leave-one-out", "augmentations", "none")
 ENOUGH = 2  # pictures expected above a threshold before it is an order statistic
 AREA = 0.01  # share of a normal picture that may lie above the outline of regions
 COPIES = ((12, 0.9, 1.1), (20, 1.1, 1.1), (20, 0.9, 0.9), (12, 1.1, 0.9))  # pixels of 224 cut off, brightness, contrast
@@ -37,8 +37,7 @@ class Prior(NamedTuple):
 PRIORS = {2.0: Prior(0.18, 2.0, 0.14, 0.24), 1.0: Prior(0.84, 2.8, 0.08, 0.95)}
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """A score below ``low`` is normal, above ``high`` defective, between them unsure."""
 
     threshold: float
@@ -61,6 +60,15 @@ class Calibration:
     scores: tuple[float, ...] = ()  # image scores
     outlines: tuple[float, ...] = ()  # per map, the value that AREA of its pixels exceed
     largest: float = 2.0  # that a score can be: 1 for probabilities, 2 for distances
+
+    def __post_init__(self):
+        """Raises ValueError for what no calibration can be: it may come from a file."""
+        if self.method not in METHODS or self.largest not in PRIORS:
+            raise ValueError(f"calibration {self.method!r} up to {self.largest!r} is unknown")
+        if not len(self.scores) == len(self.outlines) >= self.pictures >= (self.method != "none"):
+            raise ValueError(f"{len(self.scores)} scores of {self.pictures} pictures")
+        if not all(0 <= value <= self.largest for value in (*self.scores, *self.outlines)):
+            raise ValueError(f"a score that is not between 0 and {self.largest:g}")
 
     def limits(self, false_alarm_rate: float) -> Limits:
         """That share of normal pictures exceeds ``threshold``; unsure is within one standard error of it.
@@ -107,7 +115,7 @@ def altered_copies(pixels: Tensor) -> list[Tensor]:
     """
     size, copies = pixels.shape[-1], []
     for number, (cut, brightness, contrast) in enumerate(COPIES):
-        cut = cut * size // SIZE
+        cut = cut * size // 224
         top, left = (cut * place for place in divmod(number, 2))
         part = pixels[None, :, top : top + size - cut, left : left + size - cut].float()
         copy = F.interpolate(part, size=(size, size), mode="bicubic", align_corners=False)[0]

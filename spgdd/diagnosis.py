@@ -1,27 +1,29 @@
 """The main job: a picture, a few normal ones and a question in; map, score, verdict, regions and text out."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from spgdd import agreement
 from spgdd.calibration import Calibration, Limits
 from spgdd.data.words import default_question
 from spgdd.errors import SpgddError
 from spgdd.images import image_name, read_image
-from spgdd.language import Answer
-from spgdd.reference import Reference, as_told, build_reference, digest, encode, load_reference, view_maps
-from spgdd.report import card, preview, save_report
-from spgdd.views import Placement, Region, assemble, find_regions
+from spgdd.model import SPGDD
+from spgdd.profiles import PROFILES
+from spgdd.reference import Reference, build_reference, digest_of, load_reference
+from spgdd.report import card, places, preview, save_report
+from spgdd.views import Region, Views
 
-WHETHER = re.compile(r"\b(is|are) there\b.*\b(anomal|defect|damage|flaw|fault)", re.IGNORECASE | re.DOTALL)
+if TYPE_CHECKING:
+    from spgdd.language import Answer
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,11 +34,11 @@ class Diagnosis:
     product: str
     profile: str
     normals: tuple[str, ...]
-    question: str
+    question: str  # "" where none was asked yet
     text: str
-    yes: float  # how likely the text was to begin with Yes and not with No: the text's own doubt
+    yes: float | None  # how likely the text was to begin with Yes and not with No: its own doubt; None: no text model
     history: tuple[tuple[str, str], ...]  # earlier (question, answer) pairs of this conversation
-    score: float  # mean of the highest values of the map: a probability, or in AnomalyGPT's mode a distance, 0..2
+    score: float  # mean of the highest values of the map: a probability, or of the memory alone a distance, 0..2
     verdict: str  # "normal", "defective" or "unsure"
     limits: Limits
     calibration: Calibration
@@ -44,41 +46,47 @@ class Diagnosis:
     regions: tuple[Region, ...]  # strongest first; none where the verdict is normal
     notes: tuple[str, ...]  # what whoever acts on the verdict must know about the picture
     timings: dict[str, float]  # seconds per stage
-    placement: Placement
+    views: Views
     square_map: np.ndarray  # float32 (M, M): the map in the square that the model saw, M = 224 without tiles
     preview: bytes  # JPEG
-    _reply: Callable[[str, Sequence[tuple[str, str]], int], Answer]
+    _reply: Callable[..., "Answer"] | None  # of question, history, length and options of generation
 
     @cached_property
     def anomaly_map(self) -> np.ndarray:
         """float32 (H, W) in the frame of the picture, EXIF applied; NaN where the model saw nothing."""
-        return self.placement.to_picture(self.square_map)
+        return self.views.to_picture(self.square_map)
 
     @property
     def threshold(self) -> float:
         return self.limits.threshold
 
     @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """All (question, answer) pairs of this conversation."""
+        return (*self.history, (self.question, self.text)) if self.text else self.history
+
+    @property
     def agreement(self) -> str:
-        """Whether text and map say the same: "agree" or "disagree".
+        """Whether text and map say the same: see ``spgdd.agreement``."""
+        return agreement.agreement(self.question, self.text, self.verdict)
 
-        Or "unparsed" (the text says neither Yes nor No, or both), "undecided" (the verdict is unsure), "not
-        asked" (the question was not whether there is a defect).
+    def ask(self, question: str, max_new_tokens: int = 128, **options) -> "Diagnosis":
+        """The same diagnosis with the answer to a further question; the picture is not encoded again.
+
+        ``options`` are those of ``Vicuna.generate``. Raises SpgddError for a model that does not speak.
         """
-        if not WHETHER.search(self.question):
-            return "not asked"
-        said = says_defective(self.text)
-        if said is None:
-            return "unparsed"
-        if self.verdict == "unsure":
-            return "undecided"
-        return "agree" if said == (self.verdict == "defective") else "disagree"
+        if self._reply is None:
+            speaking = ", ".join(name for name, profile in PROFILES.items() if profile.language)
+            raise SpgddError(f"The model ({self.profile}) was loaded without a language part, so it cannot be asked. "
+                             f"Load one that speaks: {speaking}.")  # fmt: skip
+        answer = self._reply(question, self.turns, max_new_tokens, **options)
+        return replace(self, question=question, text=answer.text.strip(), yes=answer.yes, history=self.turns)
 
-    def ask(self, question: str, max_new_tokens: int = 128) -> "Diagnosis":
-        """The same diagnosis with the answer to a further question; the picture is not encoded again."""
-        history = (*self.history, (self.question, self.text))
-        answer = self._reply(question, history, max_new_tokens)
-        return replace(self, question=question, text=answer.text.strip(), yes=answer.yes, history=history)
+    def at(self, false_alarm_rate: float) -> "Diagnosis":
+        """The same map judged at another false-alarm rate; nothing is encoded again."""
+        judged = judge(self.score, self.square_map, self.calibration.limits(false_alarm_rate), self.views)
+        moved = replace(self, false_alarm_rate=false_alarm_rate, **judged)
+        return moved if self._reply else replace(moved, text=sentence(moved))
 
     def to_dict(self, timings: bool = False) -> dict:
         """JSON values, the same on every run; ``timings`` adds the seconds per stage, which are not."""
@@ -88,7 +96,7 @@ class Diagnosis:
             statistics[f"p{percent}"] = np.percentile(square_map, percent)
         result = {
             "image": self.image,
-            "size": [self.placement.width, self.placement.height],
+            "size": [self.views.width, self.views.height],
             "product": self.product,
             "verdict": self.verdict,
             "score": _rounded(self.score),
@@ -102,10 +110,10 @@ class Diagnosis:
                 for region in self.regions
             ],
             "map": {name: _rounded(value) for name, value in statistics.items()},
-            "seen_share": _rounded(self.placement.seen_share),
+            "seen_share": _rounded(self.views.seen_share),
             "question": self.question,
             "text": self.text,
-            "text_yes": None if self.agreement == "not asked" else _rounded(self.yes),
+            "text_yes": None if self.yes is None or self.agreement == "not asked" else _rounded(self.yes),
             "agreement": self.agreement,
             "history": [list(turn) for turn in self.history],
             "notes": list(self.notes),
@@ -132,9 +140,9 @@ class Diagnosis:
 
 
 class Diagnoser:
-    """Diagnoses pictures with a model (``spgdd.model.SPGDD``)."""
+    """Diagnoses pictures with a model."""
 
-    def __init__(self, model):
+    def __init__(self, model: SPGDD):
         self.model = model
 
     def reference(self, normals, product: str = "object", budget: int | None = None, rotate: bool | None = None,
@@ -155,8 +163,8 @@ class Diagnoser:
 
     @torch.no_grad()
     def diagnose(self, image, normals=None, product: str | None = None, question: str | None = None,
-                 history: Sequence[tuple[str, str]] = (), max_new_tokens: int = 128,
-                 false_alarm_rate: float = 0.05, tiles: int | None = None) -> Diagnosis:  # fmt: skip
+                 history: Sequence[tuple[str, str]] = (), max_new_tokens: int = 128, false_alarm_rate: float = 0.05,
+                 tiles: int | None = None, answer: bool = True) -> Diagnosis:  # fmt: skip
         """Diagnose one picture.
 
         image: what ``spgdd.images.read_image`` takes.
@@ -166,9 +174,10 @@ class Diagnoser:
         question: by default whether there is an anomaly. history: earlier (question, answer) pairs.
         false_alarm_rate: share of normal pictures that may exceed the threshold, between 0 and 0.5.
         tiles: see ``reference``, whose number is kept where ``normals`` is one.
+        answer: False leaves the text to a later ``Diagnosis.ask``, which takes most of the time.
         Raises ImageError for a picture that cannot be read.
         """
-        watch = _Stopwatch()
+        model, watch = self.model, _Stopwatch()
         picture = read_image(image)
         watch.lap("read")
         if normals is not None and not isinstance(normals, Reference):
@@ -177,85 +186,74 @@ class Diagnoser:
         product = product or (normals.product if normals else "object")
         calibration = normals.calibration if normals else Calibration("none")
         limits = calibration.limits(false_alarm_rate)
-        tiles = normals.tiles if normals else self.model.profile.tiles if tiles is None else tiles
-        placement = Placement.of(picture, self.model.profile, tiles)
+        views = Views.of(picture, model.profile, normals.tiles if normals else tiles)
 
-        pixels = placement.views(picture)
-        features = encode(self.model, [pixels])
-        told = as_told(features, len(features.patches), placement.joint)
+        pixels = views.pixels(picture)
+        (seen,) = model.look([pixels])
         watch.lap("encode")
         bank = normals.bank if normals else None
-        maps = view_maps(self.model, features, product, bank)
-        score, verdict, regions, square_map = judge(
-            maps, limits, placement, image_name(image), self.model.profile.score_share
-        )
+        evidence = model.evidence(seen.patches[0], product, bank)
+        score, square_map, prompt_map = views.join(evidence, model.profile.score_share)
+        square_map = square_map.cpu().numpy()
+        if not np.isfinite(square_map).all():
+            raise SpgddError(f"{image_name(image)}: the map is not finite; load with dtype=torch.float32.")
+        judged = judge(score, square_map, limits, views)
         watch.lap("map")
 
-        shown = prompt_map(maps, square_map).to(told.embedding.device)
-        prompt_tokens = self.model.prompt_tokens(shown, told.patches, bank.entries if bank else None)  # (1, P, H)
+        reply = None
+        if model.language is not None:
+            prompts = model.prompt_tokens(prompt_map, seen.told[None], bank and bank.entries)  # (1, P, H)
 
-        def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int) -> Answer:
-            return self.model.language.generate(told.embedding, question, history, prompt_tokens, max_new_tokens)
-
-        question = default_question(product) if question is None else question
-        answer = reply(question, history, max_new_tokens)
-        watch.lap("text")
+            def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int, **options) -> "Answer":
+                return model.language.generate(
+                    seen.embedding[None], question, history, prompts, max_new_tokens, **options
+                )
 
         notes = list(picture.info["notes"])
-        if self.model.standins:
-            files = ", ".join(self.model.standins)
+        if model.standins:
+            files = ", ".join(model.standins)
             notes.insert(0, f"made with stand-in weights (random values: {files}): says nothing about the part")
-        if placement.seen_share < 1:
-            notes.append(f"{1 - placement.seen_share:.0%} of it is outside the centre crop and was not seen")
-        if normals and digest(pixels[0]) in normals.digests:
+        if views.seen_share < 1:
+            notes.append(f"{1 - views.seen_share:.0%} of it is outside the centre crop and was not seen")
+        if normals and digest_of(pixels[0]) in normals.digests:
             notes.append("it is one of the normal pictures itself, so a low score says nothing")
-        return Diagnosis(
-            image=image_name(image), product=product, profile=self.model.profile.name,
-            normals=normals.normals if normals else (), question=question, text=answer.text.strip(),
-            yes=answer.yes, history=tuple(tuple(turn) for turn in history), score=score, verdict=verdict, limits=limits,
-            calibration=calibration, false_alarm_rate=false_alarm_rate, regions=regions, notes=tuple(notes),
-            timings=watch.laps, placement=placement, square_map=square_map, preview=preview(picture),
-            _reply=reply,
+        found = Diagnosis(
+            image=image_name(image), product=product, profile=model.profile.name,
+            normals=normals.normals if normals else (), question="", text="", yes=None,
+            history=tuple(tuple(turn) for turn in history), score=score, calibration=calibration,
+            false_alarm_rate=false_alarm_rate, notes=tuple(notes), timings=watch.laps, views=views,
+            square_map=square_map, preview=preview(picture), _reply=reply, **judged,
         )  # fmt: skip
+        if reply is None:
+            return replace(found, text=sentence(found))
+        if answer:
+            found = found.ask(default_question(product) if question is None else question, max_new_tokens)
+            watch.lap("text")
+        return found
 
 
 def load(profile: str = "mini", **options) -> Diagnoser:
-    """A ready Diagnoser; ``options`` are those of ``spgdd.load_model``: root, device, dtype, quantize."""
+    """A ready Diagnoser; ``options`` are those of ``spgdd.load_model``: root, device, dtype, quantize, language."""
     from spgdd.loading import load_model
 
     return Diagnoser(load_model(profile, **options))
 
 
-def judge(
-    corner_maps: np.ndarray, limits: Limits, placement: Placement, name: str, share: float = 0.0
-) -> tuple[float, str, tuple[Region, ...], np.ndarray]:
-    """Score, verdict, regions and map (M, M) from the model's maps (V, 224, 224) of one picture's views.
-
-    Raises SpgddError for a map that is not finite.
-    """
-    if not np.isfinite(corner_maps).all():
-        raise SpgddError(f"{name}: the map is not finite; load with dtype=torch.float32.")
-    score, square_map = assemble(corner_maps, share, placement.joint)
+def judge(score: float, square_map: np.ndarray, limits: Limits, views: Views) -> dict:
+    """Verdict and regions within limits, as fields of ``Diagnosis``."""
     verdict = "normal" if score < limits.low else "defective" if score > limits.high else "unsure"
-    regions = ()
-    if verdict != "normal":
-        regions = find_regions(square_map, limits.outline, limits.low, placement)
-    return score, verdict, regions, square_map
+    regions = () if verdict == "normal" else views.regions(square_map, limits.outline, limits.low)
+    return {"limits": limits, "verdict": verdict, "regions": regions}
 
 
-def prompt_map(corner_maps: np.ndarray, square_map: np.ndarray) -> torch.Tensor:
-    """What the language model is told, float32 (1, 1, 224, 224): with tiles, the largest values of the whole map."""
-    if len(corner_maps) == 1:
-        return torch.from_numpy(corner_maps)[None]
-    return F.adaptive_max_pool2d(torch.from_numpy(square_map)[None, None], corner_maps.shape[-2:])
-
-
-def says_defective(text: str) -> bool | None:
-    """True for an answer that begins with Yes, False for No; None for others and for one that says both."""
-    words = re.findall(r"[a-z']+", re.split(r"[.!?\n]", text.strip().lower(), maxsplit=1)[0])
-    if not words or words[0] not in ("yes", "no") or {"yes", "no"} <= set(words):
-        return None
-    return words[0] == "yes"
+def sentence(diagnosis: Diagnosis) -> str:
+    """What a map says in words, for a model that has no language part."""
+    d = diagnosis
+    if d.verdict == "normal":
+        return f"By the map alone: nothing on this {d.product} looks unlike the normal pictures."
+    certainty = "looks" if d.verdict == "defective" else "may look"
+    count = f"{len(d.regions)} places" if len(d.regions) > 1 else "one place"
+    return f"By the map alone: {count} of this {d.product} {certainty} unlike the normal pictures ({places(d)})."
 
 
 def _rounded(value: float) -> float:

@@ -15,6 +15,8 @@ from spgdd.profiles import SPEAKING, Delta, Profile, get_profile, weights_folder
 from spgdd.tensors import is_standin, read_tensors
 from spgdd.weights.delta import apply_delta
 
+RENAMED = {"comparison.doubling": "comparison.per_doubling"}  # as the shipped delta names it
+
 
 def choose_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
     """Precision of the large frozen models on a device, and the reason in words."""
@@ -78,7 +80,7 @@ def load_deltas(model: SPGDD, deltas: Sequence[Delta], root: Path) -> None:
     for delta in deltas:
         # The published files name the language model's parameters without saying whose they are.
         state = read_tensors(root / delta.file)
-        state = {f"language.{k}" if k.startswith("llama_") else k: value for k, value in state.items()}
+        state = {f"language.{k}" if k.startswith("llama_") else RENAMED.get(k, k): v for k, v in state.items()}
         if model.language is None:
             state = {k: value for k, value in state.items() if not k.startswith(SPEAKING)}
         try:

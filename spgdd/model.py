@@ -2,34 +2,59 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING
+from math import isqrt
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer
+from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer, normalise
 from spgdd.profiles import Profile
 from spgdd.selfprompt import (
     AbnormalPrompts,
     Comparison,
+    Evidence,
     Focus,
     Memory,
     MemoryBank,
     MemoryTokens,
     PatchDecoder,
     PromptLearner,
+    rotations,
 )
-from spgdd.selfprompt.comparison import probability, word_evidence
-from spgdd.selfprompt.focuser import enlarge, text_vectors, zero_shot_map
+from spgdd.selfprompt.comparison import word_evidence
+from spgdd.selfprompt.focuser import text_vectors, zero_shot_logits
 from spgdd.selfprompt.memory import closest, on_grid
 from spgdd.tensors import to_device
 
 if TYPE_CHECKING:
     from spgdd.language import Vicuna
+
+LOOKED = 32  # views of 224 x 224 pixels that the vision tower takes at once
+COMPARED = 8  # views that the memory takes at once: what it makes of more leaves a processor's cache
+
+
+class Seen(NamedTuple):
+    """What the vision tower makes of one picture. Everything else is computed from it, any number of times."""
+
+    embedding: Tensor  # (J,) of the whole picture, unit length
+    patches: Tensor  # (R, V, L, N, D): patch tokens of its V views, in R orientations
+    joint: bool  # whether the tiles among the views are parts of one large square
+
+    @property
+    def told(self) -> Tensor:
+        """Patch tokens (L, N', D) that the language model is told of: of the whole view.
+
+        With joint tiles of the large square, which shows better what kind of defect it is.
+        """
+        if not self.joint:
+            return self.patches[0, 0]
+        tiles = self.patches[0, 1:]  # (T, L, N, D)
+        side, grid = isqrt(len(tiles)), isqrt(tiles.shape[2])
+        tiles = tiles.unflatten(2, (grid, grid)).unflatten(0, (side, side))  # (side, side, L, G, G, D)
+        return tiles.permute(2, 0, 3, 1, 4, 5).flatten(1, 4)
 
 
 class SPGDD(nn.Module):
@@ -44,7 +69,7 @@ class SPGDD(nn.Module):
         config = imagebind.config
         taps, width = len(config.taps), config.vision.width
         self.profile = profile
-        self.standins: tuple[str, ...] = ()  # files of random values (`spgdd weights standin`) among its weights
+        self.standins: tuple[str, ...] = ()  # files of random values (scripts/write_standins.py) among its weights
         self.imagebind = imagebind
         self.language = language
         self.text_tokenizer = tokenizer
@@ -64,14 +89,48 @@ class SPGDD(nn.Module):
         return self.memory.gates.device
 
     @property
-    def shares(self) -> Tensor | None:
-        """Of each tap in the zero-shot map, see ``Comparison``; None: all alike."""
-        return None if self.comparison is None else self.comparison.shares()
+    def tap_weights(self) -> Tensor | None:
+        """Of the taps (L,) in the zero-shot map, see ``Comparison``; None: equal weights."""
+        return None if self.comparison is None else self.comparison.tap_weights()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell vision towers apart.
+
+        SHA-256 of the signs of the query-key-value weights of the first and last block. Signs survive every change of
+        precision and device, so a memory made on a GPU in bfloat16 is recognised on a CPU.
+        """
+        blocks = self.imagebind.modality_trunks["vision"].blocks
+        digest = hashlib.sha256()
+        for block in (blocks[0], blocks[-1]):
+            digest.update(block.attn.in_proj_weight.detach().signbit().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    # Pictures in
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> ImageFeatures:
-        """Normalised images (B, 3, 224, 224) -> features, in one run of the vision tower for all uses."""
-        return self.imagebind.encode_image(images.to(self.device))
+    def look(self, pictures: Sequence[Sequence[Tensor]], rotate: bool = False) -> list[Seen]:
+        """What the tower makes of B pictures, each given as ``Views.pixels``, in as few runs as memory allows.
+
+        With ``rotate`` each is also seen turned by 90, 180 and 270 degrees. Joint tiles are seen as the large square
+        that they are parts of, and each gets the patches of its part.
+        """
+        size, patches = pictures[0][0].shape[-1], []
+        for side in dict.fromkeys(view.shape[-1] for view in pictures[0]):
+            images = torch.stack([view for picture in pictures for view in picture if view.shape[-1] == side])
+            images, turns = (rotations(images), 4) if rotate else (images, 1)
+            runs = [self.imagebind.encode_image(normalise(some.to(self.device)))
+                    for some in images.split(max(1, LOOKED * size**2 // side**2))]  # fmt: skip
+            embedding, tokens = map(torch.cat, zip(*runs, strict=True))
+            rows = len(pictures), -1, turns  # B, v views of this side, R
+            tokens = _split_square(tokens, side // size).unflatten(0, rows)  # (B, v, R, T, L, N, D)
+            patches.append(tokens.transpose(1, 2).flatten(2, 3))  # (B, R, v * T, L, N, D)
+            if side == size:
+                whole = embedding.unflatten(0, rows)[:, 0, 0]  # (B, J)
+        joint = pictures[0][-1].shape[-1] > size
+        return [Seen(*one, joint) for one in zip(whole, torch.cat(patches, 2), strict=True)]
+
+    # Words
 
     def sentences(self, product: str) -> tuple[Tensor, Tensor]:
         """Unit vectors of the hand-written sentences on a product: normal (14, J), abnormal (10, J); computed once."""
@@ -110,7 +169,44 @@ class SPGDD(nn.Module):
             prompts, abnormal = (abnormal, learned), torch.cat([abnormal, learned], dim=1)
         return F.normalize(torch.stack([normal.mean(1), abnormal.mean(1)], dim=1), dim=-1), prompts
 
+    # Maps
+
     @torch.no_grad()
+    def evidence(
+        self, patches: Tensor, product: str = "object", bank: MemoryBank | None = None, without: Tensor | None = None
+    ) -> Evidence:
+        """What speaks for a defect at each of the patches (B, L, N, D).
+
+        Without a bank it comes from the product's name; with one from the normal pictures too. ``without`` (B,): the
+        normal picture, by its number in the bank, that each image is not compared with.
+        """
+        if bank is None:
+            logits = zero_shot_logits(self.image_decoder(patches), self.anchors(product))  # (B, L, 2, G, G)
+            return Evidence(logits.flatten(1, 2), "words", self.tap_weights)
+        self.memory.require_fit(bank)
+        anchors = None if self.comparison is None else self.anchors(product)
+        normals, found = bank.normals - (without is not None), []
+        for rows in torch.arange(len(patches)).split(COMPARED):
+            some, barred = patches[rows], None
+            if without is not None:
+                left_out = without[rows].to(self.device)[:, None, None, None]
+                barred = bank.origin.to(self.device) == left_out  # (B, L, S, M)
+            words = None if anchors is None else word_evidence(self.image_decoder(some), anchors)
+            found.append(self.few_shot(some, words, bank.tokens[None], normals, barred))
+        return found[0]._replace(values=torch.cat([one.values for one in found]))
+
+    def few_shot(
+        self, patches: Tensor, words: Tensor | None, tokens: Tensor, normals: int, barred: Tensor | None = None
+    ) -> Evidence:
+        """Evidence of patches (B, L, N, D) against G banks of ``normals`` pictures; see ``Memory.compare``.
+
+        ``words`` (B, L, N) is ``word_evidence``, needed where the profile joins both.
+        """
+        fused = self.memory.fuse(self.memory.compare(patches, tokens, barred)[0])  # (B, N)
+        if self.comparison is None:
+            return Evidence(on_grid(fused)[:, None], "distance")
+        return Evidence(on_grid(self.comparison(fused, words, normals))[:, None], "log-odds")
+
     def anomaly_map(
         self,
         features: ImageFeatures,
@@ -118,73 +214,33 @@ class SPGDD(nn.Module):
         bank: MemoryBank | None = None,
         without: Tensor | None = None,
     ) -> Tensor:
-        """Anomaly map (B, 1, 224, 224) float32, higher where stranger.
+        """The map (B, 1, 224, 224) float32 of ``evidence``, higher where stranger."""
+        return self.evidence(features.patches, product, bank, without).map()
 
-        Without a bank it comes from the product's name, 0 to 1; with one from the normal images too: 0 to 1 where the
-        profile joins both, else AnomalyGPT's distance, 0 to 2. ``without`` (B,): the normal image, by its
-        number in the bank, that each image is not compared with.
-        """
-        if bank is None:
-            return zero_shot_map(self.image_decoder(features.patches), self.anchors(product), self.shares)
-        self.memory.require_scales(bank)
-        barred, normals = None, bank.normals
-        if without is not None:
-            barred = bank.origin.to(self.device) == without.to(self.device)[:, None, None, None]  # (B, L, S, M)
-            normals -= 1
-        words = None
-        if self.comparison is not None:
-            words = word_evidence(self.image_decoder(features.patches), self.anchors(product))
-        return self.few_shot_map(features.patches, words, bank.tokens[None], normals, barred)
-
-    def few_shot_map(
-        self, patches: Tensor, words: Tensor | None, tokens: Tensor, normals: int, barred: Tensor | None = None
-    ) -> Tensor:
-        """Map (B, 1, 224, 224) of patches (B, L, N, D) against G banks of ``normals`` images; see ``Memory.compare``.
-
-        ``words`` (B, L, N) is ``word_evidence``, for the joined map alone.
-        """
-        fused = self.memory.fuse(self.memory.compare(patches, tokens, barred)[0])  # (B, N)
-        if self.comparison is None:
-            return enlarge(on_grid(fused)[:, None])
-        return probability(enlarge(on_grid(self.comparison(fused, words, normals))[:, None]))
+    # Prompt tokens
 
     def prompt_tokens(self, anomaly_map: Tensor, patches: Tensor, entries: Tensor | None = None) -> Tensor:
         """Tokens (B, P, H) that tell the language model about a map (B, 1, 224, 224) and what it points at.
 
-        18 map tokens, then, where the profile has them, one focus token per tap and the memory tokens. ``patches``
-        (B, L, N, D). ``entries`` (G, M, D) are the ``MemoryBank.entries`` of G banks, B / G images in a row for each;
-        None: no normal images.
+        18 map tokens, then, where the profile has them, one focus token per tap and the memory tokens of patches
+        (B, L, N, D). ``entries`` (G, M, D) are what G banks hold of the last tap at the first scale, B / G images in a
+        row for each; None: no normal pictures.
         """
         prompts = [self.prompt_learner(anomaly_map)]
         if self.focus is not None:
             prompts.append(self.focus(patches, anomaly_map))
-        if self.memory_tokens is not None:
-            nearest = None
-            if entries is not None:
-                entries, gate = entries.to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
-                query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
-                nearest = closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)  # (B, N)
+        if self.memory_tokens is not None and entries is None:
+            prompts.append(self.memory_tokens(patches, anomaly_map))
+        elif self.memory_tokens is not None:
+            entries, gate = entries.to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
+            query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
+            nearest = closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)  # (B, N)
             prompts.append(self.memory_tokens(patches, anomaly_map, entries, nearest))
         return torch.cat(prompts, dim=1)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits that tell vision towers apart.
 
-        SHA-256 of the signs of the query-key-value weights of the first and last block. Signs survive every
-        change of precision and device, so a bank made on a GPU in bfloat16 is recognised on a CPU.
-        """
-        blocks = self.imagebind.modality_trunks["vision"].blocks
-        digest = hashlib.sha256()
-        for block in (blocks[0], blocks[-1]):
-            digest.update(block.attn.in_proj_weight.detach().signbit().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def build_bank(self, patches: Tensor, product: str, **options) -> MemoryBank:
-        """``Memory.build`` of normal images' patch tokens (K, L, N, D), with the marks that saving needs."""
-        bank = self.memory.build(patches, **options)
-        return replace(bank, product=product, profile=self.profile.name, imagebind=self.fingerprint)
-
-    def load_bank(self, path: str | Path) -> MemoryBank:
-        """A bank saved by ``MemoryBank.save``; WeightsError if another model made it."""
-        return MemoryBank.load(path, self.profile.name, self.fingerprint, self.device)
+def _split_square(tokens: Tensor, side: int) -> Tensor:
+    """Patch tokens (B, L, N, D) of large squares -> of their side x side tiles, row by row: (B, side**2, L, n, D)."""
+    grid = isqrt(tokens.shape[2]) // side
+    tiles = tokens.unflatten(2, (side, grid, side, grid))  # (B, L, side, G, side, G, D)
+    return tiles.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(1, 2)

@@ -1,11 +1,14 @@
-"""Diagnoses as HTML: a card for a notebook, a page for one or many. No scripts, no other files."""
+"""Diagnoses as HTML: a card for a notebook, a page for one or many. No scripts, no other files.
+
+The page is in ``report.html``, a Jinja template that escapes all that a file or a user can name.
+"""
 
 import base64
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from html import escape
+from collections.abc import Iterable
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -13,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from spgdd.errors import SpgddError
-from spgdd.views import Placement
+from spgdd.files import whole_file
+from spgdd.views import Views
 
 PREVIEW = 480  # pixels of the longer side of a picture
 PREVIEW_BYTES = 65_000
@@ -25,98 +28,56 @@ AGREEMENT = {
     "agree": "text and map agree", "disagree": "text and map disagree", "undecided": "the map is unsure",
     "unparsed": "the text says neither Yes nor No",
 }  # fmt: skip
-STYLE = """<style>
-.spgdd,.spgdd-page{font:14px/1.5 system-ui,sans-serif;text-align:left}
-.spgdd{max-width:1060px;border:1px solid #8884;border-radius:12px;padding:16px 20px;margin:8px 0}
-.spgdd-title,.spgdd-body{display:flex;flex-wrap:wrap;align-items:center;gap:4px 12px;margin-bottom:12px}
-.spgdd-title b{font-size:16px;overflow-wrap:anywhere}
-.spgdd-body{align-items:flex-start;gap:16px 28px;margin:0}
-.spgdd-soft{opacity:.7;overflow-wrap:anywhere} .spgdd-small{font-size:12px;opacity:.7}
-.spgdd-badge{color:#fff;font-weight:600;border-radius:99px;padding:2px 12px;white-space:nowrap}
-.spgdd-chip{border:1px solid;border-radius:99px;padding:0 8px;font-size:12px;white-space:nowrap}
-.spgdd-pictures{flex:3 1 300px;display:flex;gap:12px;max-width:560px}
-.spgdd-pictures.wide{flex-direction:column}
-.spgdd-pictures figure{flex:1 1 0;margin:0;min-width:0}
-.spgdd-pictures img{display:block;width:100%;max-height:420px;object-fit:contain;object-position:0 0;margin:0}
-.spgdd-heat{display:flex;align-items:center;gap:8px;margin-top:6px}
-.spgdd-heat i{flex:1;height:6px;border-radius:3px;
- background:linear-gradient(90deg,#ffe15a00,#ffe15a 25%,#ff8c00 48%,currentColor 48% 52%,#ff8c00 52%,#cd0f3c)}
-.spgdd-facts{flex:2 1 300px;min-width:0}
-.spgdd-bar{position:relative;height:12px;border-radius:6px;margin:8px 0 16px}
-.spgdd-bar i{position:absolute;top:0;bottom:0;width:2px;margin-left:-1px;background:currentColor}
-.spgdd-bar i.dot{top:16px;bottom:auto;width:6px;height:6px;margin-left:-3px;border-radius:3px;opacity:.5}
-.spgdd-bar i.score{top:-4px;bottom:-4px;width:6px;margin-left:-3px;border-radius:3px}
-.spgdd-says{border-left:3px solid #8886;padding:2px 0 2px 12px;margin:14px 0;overflow-wrap:anywhere}
-.spgdd table,.spgdd-page table{border-collapse:collapse;font-size:13px;width:100%;margin:12px 0;
- table-layout:auto} .spgdd tr{background:none!important}
-.spgdd th,.spgdd td,.spgdd-page th,.spgdd-page td{text-align:left!important;padding:4px 12px 4px 0;
- vertical-align:top;border:0;border-bottom:1px solid #8883;background:none;font-variant-numeric:tabular-nums}
-.spgdd-page td:first-child,.spgdd-page td:last-child{overflow-wrap:anywhere}
-</style>"""
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>{style}<style>
-:root{{color-scheme:light dark}} body{{background:Canvas;color:CanvasText;max-width:1100px;
- margin:32px auto;padding:0 16px}} h1{{font-size:26px;line-height:1.2;margin:0 0 12px}} a{{color:inherit}}
-.spgdd{{margin:20px 0}} .spgdd-all{{overflow-x:auto}} .spgdd-all table{{min-width:760px}}
-</style></head><body class="spgdd-page"><h1>{title}</h1>
-{body}
-</body></html>
-"""
 
 
-def card(diagnosis, style: str = STYLE) -> str:
+@cache
+def _template():
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return environment.get_template("report.html", globals={"colours": COLOURS}).module
+
+
+def card(diagnosis) -> str:
     """HTML of one diagnosis (below 200 kB): picture, heat map, score against threshold, text, regions."""
-    d = diagnosis
-    folder, name = os.path.split(d.image)
-    chips = "" if d.calibration.scores else '<span class="spgdd-chip">not calibrated</span>'
-    if d.agreement in AGREEMENT:
-        colour = "color:#e8590c" if d.agreement == "disagree" else ""
-        chips += f'<span class="spgdd-chip" style="{colour}">{AGREEMENT[d.agreement]}</span>'
-        chips += f'<span class="spgdd-chip">text: Yes {d.yes:.0%}</span>'
-    turns = "".join(
-        f'<div class="spgdd-says"><div class="spgdd-soft">{escape(asked)}</div>{escape(answer) or "-"}</div>'
-        for asked, answer in (*d.history, (d.question, d.text))
-    )
-    rows = "".join(
-        f"<tr><td>{number}</td><td>{region.place}</td><td>{region.area_share:.1%}</td>"
-        f"<td>{', '.join(map(str, region.box))}</td><td>{region.peak:.3f}</td></tr>"
-        for number, region in enumerate(d.regions[:LISTED], start=1)
-    )
-    if len(d.regions) > LISTED:
-        rows += f"<tr><td></td><td colspan=4>and {len(d.regions) - LISTED} weaker ones</td></tr>"
-    heads = "<tr><th></th><th>place</th><th>area</th><th>box (px)</th><th>peak</th></tr>"
-    notes = "".join(f'<div class="spgdd-soft">Note: {escape(note)}.</div>' for note in d.notes)
-    folder = escape(os.path.join(folder, ""))
-    size = f"{d.placement.width} &times; {d.placement.height}"
-    about = f"{escape(d.product)} &middot; {size} &middot; {escape(d.profile)}"
-    return (
-        f'{style}<div class="spgdd"><div class="spgdd-title">{_badge(d.verdict)}'
-        f'<span><span class="spgdd-soft">{folder}</span><b>{escape(name)}</b></span>'
-        f'<span class="spgdd-soft">{about}</span>{chips}</div>'
-        f'<div class="spgdd-body">{_pictures(d)}<div class="spgdd-facts">{_score(d)}{turns}'
-        f"{f'<table>{heads}{rows}</table>' if rows else ''}{notes}</div></div></div>"
-    )
+    return _template().style() + _card(diagnosis)
 
 
-def save_report(path: str | Path, diagnoses: Sequence, errors: Sequence[str] = ()) -> Path:
-    """Write a page: a table of all diagnoses, the errors, then a card for each."""
-    counts = Counter(d.verdict for d in diagnoses)
-    parts = [_badge(f"{counts[verdict]} {verdict}", verdict) for verdict in COLOURS if counts[verdict]]
-    if normals := list(dict.fromkeys(name for d in diagnoses for name in d.normals)):
-        parts.append(f'<p class="spgdd-soft">Compared with: {escape(", ".join(normals))}</p>')
-    if len(diagnoses) > 1:
-        rows = "".join(
-            f'<tr><td><a href="#d{n}">{escape(d.image)}</a></td><td>{_badge(d.verdict)}</td><td>{d.score:.3f}'
-            f"</td><td>{d.threshold:.3f}</td><td>{places(d)}</td><td>{escape(d.text)}</td></tr>"
-            for n, d in enumerate(diagnoses)
-        )
-        titles = ("picture", "", "score", "threshold", "regions", "answer")
-        heads = "".join(f"<th>{title}</th>" for title in titles)
-        parts.append(f'<div class="spgdd-all"><table><tr>{heads}</tr>{rows}</table></div>')
-    parts += [f"<p><b>Not diagnosed.</b> {escape(error)}</p>" for error in errors]
-    parts += [f'<article id="d{n}">{card(d, style="")}</article>' for n, d in enumerate(diagnoses)]
-    return write_text(path, PAGE.format(title="Defect diagnosis", style=STYLE, body="\n".join(parts)))
+class Report:
+    """A page that grows diagnosis by diagnosis; what has been added is not kept in memory."""
+
+    def __init__(self):
+        self._cards = tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace")
+        self._rows, self._counts, self._normals, self.errors = [], Counter(), {}, []
+
+    def add(self, diagnosis) -> None:
+        """One card more."""
+        d = diagnosis
+        self._cards.write(f'<article id="d{len(self._rows)}">{_card(d)}</article>\n')
+        self._rows.append({"image": d.image, "verdict": d.verdict, "score": number(d.score),
+                           "threshold": number(d.threshold), "places": places(d), "text": d.text})  # fmt: skip
+        self._counts[d.verdict] += 1
+        self._normals |= dict.fromkeys(d.normals)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page: an overview, ``errors``, then the cards. Raises SpgddError where that fails."""
+        html, counts = _template(), [(name, self._counts[name]) for name in COLOURS if self._counts[name]]
+        self._cards.seek(0)
+        with whole_file(path) as file:
+            for part in (html.head("Defect diagnosis"),
+                         html.overview(self._rows, counts, list(self._normals), self.errors), *self._cards,
+                         "</body></html>\n"):  # fmt: skip
+                file.write(part.encode("utf-8", errors="backslashreplace"))  # file names may hold anything
+        return Path(path)
+
+
+def save_report(path: str | Path, diagnoses: Iterable, errors: Iterable[str] = ()) -> Path:
+    """Write a page about these diagnoses, and what could not be diagnosed."""
+    report = Report()
+    for diagnosis in diagnoses:
+        report.add(diagnosis)
+    report.errors += errors
+    return report.save(path)
 
 
 def places(diagnosis) -> str:
@@ -126,19 +87,31 @@ def places(diagnosis) -> str:
     return ", ".join(named + more) or "-"
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Write a file whole or not at all, with the folders it needs. Raises SpgddError where that fails."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold anything
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise SpgddError(f"{path}: cannot be written ({error.strerror}).") from error
-    return path
+def number(value: float) -> str:
+    """A score as people read it: three decimals, or two digits where these would be zeros."""
+    return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1e}"
+
+
+def _card(d) -> str:
+    folder, name = os.path.split(d.image)
+    scores = d.calibration.scores
+    end = 1.15 * max(d.score, d.limits.high, *scores, 1e-6)
+    values = (d.score, d.limits.low, d.limits.high, d.threshold, *scores)
+    score_at, low, high, threshold_at, *dots = (f"{100 * max(value, 0) / end:.2f}" for value in values)
+    green, amber, red = (COLOURS[verdict] + "66" for verdict in ("normal", "unsure", "defective"))
+    basis = "fixed, no normal picture is known"
+    if scores:
+        many = d.calibration.pictures
+        basis = f"{100 * d.false_alarm_rate:.3g}% false alarms, {d.calibration.method} on {many} normal picture"
+        basis += "s" * (many > 1)
+    picture, heat = (base64.b64encode(data).decode() for data in (d.preview, _overlay(d)))
+    return _template().card(d, {
+        "folder": os.path.join(folder, ""), "name": name, "agreement": AGREEMENT.get(d.agreement), "picture": picture,
+        "heat": heat, "wide": d.views.width > 1.5 * d.views.height, "score": number(d.score),
+        "threshold": number(d.threshold), "score_at": score_at, "threshold_at": threshold_at, "dots": dots,
+        "scale": f"linear-gradient(90deg,{green} {low}%,{amber} {low}% {high}%,{red} {high}%)", "basis": basis,
+        "turns": d.turns, "listed": LISTED,
+    })  # fmt: skip
 
 
 def preview(picture: Image.Image) -> bytes:
@@ -159,21 +132,10 @@ def _jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _pictures(d) -> str:
-    picture, heat = (base64.b64encode(data).decode() for data in (d.preview, _overlay(d)))
-    wide = " wide" if d.placement.width > 1.5 * d.placement.height else ""
-    return (
-        f'<div class="spgdd-pictures{wide}">'
-        f'<figure><img alt="the picture" src="data:image/jpeg;base64,{picture}"></figure>'
-        f'<figure><img alt="heat map" src="data:image/jpeg;base64,{heat}">'
-        '<div class="spgdd-heat spgdd-small">like normal<i></i>unlike</div></figure></div>'
-    )
-
-
 def _overlay(d) -> bytes:
     """The preview under the heat map, its colours tied to the threshold, with the regions."""
     picture = Image.open(BytesIO(d.preview)).convert("RGB")
-    heat = Placement(*picture.size, d.placement.fit).to_picture(d.square_map)  # (H, W)
+    heat = Views(*picture.size, d.views.fit, size=d.views.size).to_picture(d.square_map)  # (H, W)
     strength = np.clip(np.nan_to_num(heat) / d.threshold - 0.5, 0, 1)[..., None]  # 0.5 at the threshold
     upper = (strength[..., 0] > 0.5).astype(int)
     share = strength * 2 - upper[..., None]
@@ -181,7 +143,7 @@ def _overlay(d) -> bytes:
     alpha = np.minimum(strength, 0.6)
     pixels = np.asarray(picture) * (1 - alpha) + colour * alpha
     pixels[np.isnan(heat)] *= 0.35  # not seen by the model
-    scale = np.array([picture.width / d.placement.width, picture.height / d.placement.height] * 2)
+    scale = np.array([picture.width / d.views.width, picture.height / d.views.height] * 2)
     boxes = [np.rint(np.array(region.box) * scale).astype(int).tolist() for region in d.regions]
     inside = np.zeros(heat.shape, dtype=bool)
     for x0, y0, x1, y1 in boxes:
@@ -190,35 +152,10 @@ def _overlay(d) -> bytes:
     pixels[inside & ~ndimage.binary_erosion(inside, iterations=2, border_value=1)] = 255
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
-    for number, (x0, y0, x1, y1) in enumerate(boxes, start=1):
+    for number_, (x0, y0, x1, y1) in enumerate(boxes, start=1):
         draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=COLOURS["defective"], width=2)
-        width = 9 + 9 * len(str(number))
+        width = 9 + 9 * len(str(number_))
         left, top = min(x0, picture.width - width), max(0, y0 - 19)
         draw.rectangle((left, top, left + width - 1, top + 19), fill=COLOURS["defective"])
-        draw.text((left + 5, top + 1), str(number), fill="white", font=font)
+        draw.text((left + 5, top + 1), str(number_), fill="white", font=font)
     return _jpeg(picture)
-
-
-def _score(d) -> str:
-    """The score on a scale: green normal, amber unsure, red defective; dots: scores of normal pictures."""
-    scores = d.calibration.scores
-    end = 1.15 * max(d.score, d.limits.high, *scores, 1e-6)
-    values = (d.score, d.limits.low, d.limits.high, d.threshold, *scores)
-    score, low, high, threshold, *dots = (f"{100 * max(value, 0) / end:.2f}%" for value in values)
-    green, amber, red = (COLOURS[verdict] + "66" for verdict in ("normal", "unsure", "defective"))
-    colours = f"linear-gradient(90deg,{green} {low},{amber} {low} {high},{red} {high})"
-    basis = "half of the abnormal probability"
-    if scores:
-        rate, many = f"{100 * d.false_alarm_rate:.3g}% false alarms", d.calibration.pictures
-        basis = f"{rate}, {d.calibration.method} on {many} normal picture{'s' * (many > 1)}"
-    return (
-        f'<div>score <b style="font-size:18px">{d.score:.3f}</b> &nbsp;threshold {d.threshold:.3f}</div>'
-        f'<div class="spgdd-bar" style="background:{colours}"><i style="left:{threshold}"></i>'
-        f'<i class="score" style="left:{score};background:{COLOURS[d.verdict]}"></i>'
-        f"{''.join(f'<i class=dot style=left:{dot}></i>' for dot in dots)}</div>"
-        f'<div class="spgdd-small">Threshold: {basis}</div>'
-    )
-
-
-def _badge(text: str, verdict: str = "") -> str:
-    return f'<span class="spgdd-badge" style="background:{COLOURS[verdict or text]}">{text}</span> '

@@ -1,4 +1,4 @@
-"""A model with the interface of ``spgdd.model.SPGDD`` whose patch tokens are the patches' mean colours."""
+"""The real network around a vision tower whose patch tokens are the patches' mean colours, and a text of its own."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,9 +10,10 @@ from PIL import Image
 
 from spgdd.imagebind.preprocess import MEAN, STD
 from spgdd.imagebind.towers import ImageFeatures
+from spgdd.model import SPGDD
 from spgdd.profiles import get_profile
-from spgdd.selfprompt.focuser import enlarge
-from spgdd.selfprompt.memory import Memory, MemoryBank, on_grid
+from spgdd.selfprompt import Evidence, Memory
+from spgdd.selfprompt.memory import on_grid
 
 GREY = (100, 110, 120)
 
@@ -26,37 +27,32 @@ def part(size=(300, 300), marks=(), seed=0):
     return Image.fromarray(picture)
 
 
-class FakeModel:
+class FakeModel(SPGDD):
+    fingerprint = "eyes"
+
     def __init__(self, fit="squash", **profile):
+        torch.nn.Module.__init__(self)
         plain = {"name": "fake", "fit": fit, "comparison": False, "score_share": 0.0, "joint": 1}
         self.profile = replace(get_profile("mini"), **plain | profile)
         self.standins = ()
         self.memory = Memory(taps=1, width=4)
         self.comparison = self.image_decoder = self.abnormal_prompts = None
+        self.imagebind = SimpleNamespace(encode_image=self.encode_image)
         self.language = SimpleNamespace(generate=self.generate)
         self.encoded = 0  # pictures
         self.asked = []  # (question, history)
 
-    def encode(self, images):
+    def encode_image(self, images):
         self.encoded += len(images)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         colours = F.avg_pool2d(images * std + mean, 14).flatten(2).transpose(1, 2)  # (B, N, 3)
         tokens = torch.cat([colours, torch.full((*colours.shape[:2], 1), 0.5)], dim=-1)
         return ImageFeatures(F.normalize(tokens.mean(1), dim=-1), tokens[:, None])
 
-    def build_bank(self, patches, product, **options):
-        return replace(self.memory.build(patches, **options), product=product, profile="fake", imagebind="eyes")
-
-    def load_bank(self, path):
-        return MemoryBank.load(path, "fake", "eyes")
-
-    @torch.no_grad()
-    def anomaly_map(self, features, product="object", bank=None, without=None):
-        if bank is None:
-            return enlarge(features.patches[:, 0, :, :1].transpose(1, 2).unflatten(2, (16, 16)))  # redness
-        barred = None if without is None else bank.origin == without[:, None, None, None]
-        distances, _ = self.memory.compare(features.patches, bank.tokens[None], barred)
-        return enlarge(on_grid(self.memory.fuse(distances))[:, None])
+    def evidence(self, patches, product="object", bank=None, without=None):
+        if bank is None:  # redness
+            return Evidence(on_grid(patches[:, 0, :, 0])[:, None], "distance")
+        return super().evidence(patches, product, bank, without)
 
     def prompt_tokens(self, anomaly_map, patches, entries=None):
         return anomaly_map.flatten(1).max(1).values.view(-1, 1, 1)

@@ -44,13 +44,13 @@ def test_the_witnesses_log_odds_add_up():
     comparison, words = Comparison(2), torch.tensor([[[1.0, -50.0], [3.0, -10.0]]])  # (1, 2 taps, 2 patches)
     bias, fused = comparison.bias.item(), torch.tensor([[0.5, 0.25]])
     check("untrained", comparison(fused, words), torch.tensor([[6 * 0.5 + bias, 6 * 0.25 + bias]]), atol=1e-6)
-    check("shares, untrained", comparison.shares(), torch.tensor([0.5, 0.5]), atol=1e-6)
+    check("shares, untrained", comparison.tap_weights(), torch.tensor([0.5, 0.5]), atol=1e-6)
     comparison.trust.data = torch.tensor([0.25, 0.75])
     check("log-odds", comparison(fused, words), torch.tensor([[3 + 2.5 + bias, 1.5 - 12.5 + bias]]), atol=1e-6)
-    comparison.doubling.data = torch.tensor([0.5])
+    comparison.per_doubling.data = torch.tensor([0.5])
     check("eight normal images", comparison(fused, words, 8) - comparison(fused, words), torch.full((1, 2), 1.5))
     comparison.trust.data = torch.tensor([0.5, -0.1])  # a tap that is distrusted does not count backwards
-    check("shares", comparison.shares(), torch.tensor([1.0, 0.0]), atol=1e-5)
+    check("shares", comparison.tap_weights(), torch.tensor([1.0, 0.0]), atol=1e-5)
 
 
 def test_probabilities_keep_away_from_both_ends():
@@ -61,15 +61,15 @@ def test_probabilities_keep_away_from_both_ends():
 def test_the_map_follows_its_definition_step_by_step(model):
     features = encode(model, sorted(path.name for path in IMAGES.iterdir())[:6], fit="squash")
     query, normals = features.patches[:2], features.patches[2:]  # four normal images
-    bank = model.build_bank(normals, "bottle")
+    bank = model.memory.build(normals)
     fused = model.memory.fuse(model.memory.compare(query, bank.tokens[None])[0])
     trust = model.comparison.trust[:, None]  # (L, 1)
     words = (trust * word_evidence(model.image_decoder(query), model.anchors("bottle")).clamp(-20, 20)).sum(1)
     logits = model.comparison.steepness * fused + words + model.comparison.bias
-    by_hand = probability(enlarge((logits + 2 * model.comparison.doubling).view(2, 1, 16, 16)))
+    by_hand = probability(enlarge((logits + 2 * model.comparison.per_doubling).view(2, 1, 16, 16)))
     pair = type(features)(*(part[:2] for part in features))
     check("few-shot map", model.anomaly_map(pair, "bottle", bank), by_hand, atol=1e-5)
-    three = model.build_bank(normals[1:], "bottle")
+    three = model.memory.build(normals[1:])
     first = type(features)(*(part[2:3] for part in features))
     left_out = model.anomaly_map(first, "bottle", bank, without=torch.tensor([0]))
     check("one left out", left_out, model.anomaly_map(first, "bottle", three), atol=1e-5)
@@ -124,7 +124,7 @@ def test_a_batch_of_mixed_shots_is_the_mean_of_its_images(model):
 
 def test_pictures_with_a_bank_each_are_told_of_as_one_by_one(model):
     features = encode(model, sorted(path.name for path in IMAGES.iterdir())[:6], fit="squash")
-    banks = [model.build_bank(features.patches[first : first + 2], "nut") for first in (2, 4)]
+    banks = [model.memory.build(features.patches[first : first + 2]) for first in (2, 4)]
     maps = torch.rand(2, 1, 224, 224, generator=torch.Generator().manual_seed(0))
     entries = torch.stack([bank.tokens[-1, 0] for bank in banks])
     together, swapped = (model.prompt_tokens(maps, features.patches[:2], told) for told in (entries, entries.flip(0)))

@@ -11,11 +11,14 @@ from PIL import Image
 
 from conftest import check
 from fake_model import FakeModel, part
+from spgdd.agreement import asks_for, says_defective
 from spgdd.calibration import ZERO_SHOT, Calibration, Limits
-from spgdd.diagnosis import Diagnoser, says_defective
+from spgdd.diagnosis import Diagnoser
 from spgdd.errors import ImageError, SpgddError
+from spgdd.files import write_text
 from spgdd.loading import load_model
-from spgdd.report import save_report, write_text
+from spgdd.report import save_report
+from spgdd.selfprompt import Evidence
 from test_model import IMAGES, MAP_ATOL, RUNS, TINY_PROFILE, reduced_tokenizer, weights  # noqa: F401 (a fixture)
 
 
@@ -55,9 +58,9 @@ def test_exif_rotated_picture_is_diagnosed_as_it_is_shown(tmp_path, diagnoser, r
 )
 def test_verdict_and_regions_belong_together(monkeypatch, diagnoser, reference, score, verdict):
     monkeypatch.setattr(Calibration, "limits", lambda self, rate: Limits(0.25, 0.2, 0.3, 0.05))
-    heat = torch.zeros(1, 1, 224, 224)
-    heat[..., 40:60, 100:120] = score
-    monkeypatch.setattr(diagnoser.model, "anomaly_map", lambda *_: heat)
+    values = torch.zeros(1, 1, 16, 16)
+    values[..., 0, 15] = score  # in the corner, where enlarging keeps the highest value
+    monkeypatch.setattr(diagnoser.model, "evidence", lambda *_: Evidence(values, "distance"))
     found = diagnoser.diagnose(part(), reference)
     assert found.verdict == verdict and found.score == pytest.approx(score)
     assert len(found.regions) == (verdict != "normal")
@@ -78,7 +81,8 @@ def test_without_normals_the_verdict_is_marked_as_not_calibrated(diagnoser):
     ("text", "said"),
     [("Yes, there is an anomaly.", True), ("No, there is no anomaly in the image.", False), ("yes", True),
      ("  No.\nYes, it is fine.", False), ("The part is fine.", None), ("Yes and no.", None), ("", None),
-     ("Note the scratch", None), ("Nothing", None), ('"Yes", it is', True), ("It is not normal. Yes.", None)],
+     ("Note the scratch", None), ("Nothing", None), ("Yes, I see no defect.", None), ("Yes, it is not damaged", None),
+     ('"Yes", it is', True), ("It is not normal. Yes.", None)],
 )  # fmt: skip
 def test_yes_and_no_are_parsed_and_never_guessed(text, said):
     assert says_defective(text) is said
@@ -91,12 +95,24 @@ def test_agreement(diagnoser, reference):
         assert dataclasses.replace(found, text=text).agreement == agreement
     assert dataclasses.replace(found, verdict="normal", text="No.").agreement == "agree"
     assert dataclasses.replace(found, verdict="unsure", text="No.").agreement == "undecided"
-    for question, asked in [
-        ("Are there any\ndefects?", True),
-        ("Where is the defect?", False),
-        ("Is it red?", False),
-    ]:
-        assert (dataclasses.replace(found, question=question).agreement != "not asked") == asked
+    for question, text, said in [
+        ("Is it all right, without damage?", "Yes.", "disagree"), ("Is the part OK?", "No.", "agree"),
+        ("Does it have a scratch?", "Yes.", "agree"), ("Does it have a scratch?", "No.", "not asked"),
+        ("Is it red?", "No.", "not asked"),
+    ]:  # fmt: skip
+        assert dataclasses.replace(found, question=question, text=text).agreement == said, question
+
+
+@pytest.mark.parametrize(
+    ("question", "about"),
+    [("This is a photo of a nut. Is there any anomaly in the image?", "defect"), ("Is this part defective?", "defect"),
+     ("Is anything wrong?", "defect"), ("Are there any\ndefects?", "defect"), ("Can you see a crack?", "kind"),
+     ("Does it have a scratch?", "kind"), ("Is this part OK?", "good"), ("Is it free of any damage?", "good"),
+     ("Where is the defect?", None), ("What kind of defect is it?", None), ("How large is the scratch?", None),
+     ("Is it red?", None), ("", None)],
+)  # fmt: skip
+def test_what_a_question_asks_for(question, about):
+    assert asks_for(question) == about
 
 
 def test_question_history_and_follow_up_do_not_encode_again():
@@ -180,7 +196,8 @@ def test_errors(tmp_path, monkeypatch, diagnoser, reference):
         diagnoser.reference(tmp_path)
     with pytest.raises(ImageError, match=r"lost\.png"):
         diagnoser.diagnose(part(), ["lost.png"])
-    monkeypatch.setattr(diagnoser.model, "anomaly_map", lambda *_: torch.full((1, 1, 224, 224), torch.nan))
+    values = torch.full((1, 1, 16, 16), torch.nan)
+    monkeypatch.setattr(diagnoser.model, "evidence", lambda *_: Evidence(values, "distance"))
     with pytest.raises(SpgddError, match="not finite"):
         diagnoser.diagnose(part(), reference)
 

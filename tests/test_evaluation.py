@@ -25,7 +25,7 @@ from spgdd.imagebind.preprocess import normalise, to_pixels
 from spgdd.loading import load_model
 from spgdd.selfprompt.focuser import enlarge
 from spgdd.ui.plots import plot_shots
-from spgdd.views import Placement
+from spgdd.views import Views
 
 # Metrics
 
@@ -202,10 +202,10 @@ def test_masks_lie_where_the_model_sees_the_defect(folder):
     (task,) = folder_tasks(folder)
     loaded = load_picture(task.queries[-1], FakeModel("squash").profile)
     rows, columns = np.nonzero(loaded.coverage > 0.5)
-    box = Placement(300, 150, "squash").box_to_picture(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    box = Views(300, 150, "squash").box_to_picture(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert np.abs(np.array(box) - (230, 90, 270, 110)).max() <= 1
     assert loaded.coverage.mean() == pytest.approx(40 * 20 / (300 * 150), rel=0.01)
-    assert loaded.places == ["right"] and Placement(300, 150, "squash").place_of(box) == "right"
+    assert loaded.places == ["right"] and Views(300, 150, "squash").place_of(box) == "right"
     seen = load_picture(task.queries[-1], FakeModel("crop").profile).coverage  # the defect is outside of the centre
     assert seen.shape == (224, 224) and not seen.any()
 
@@ -268,8 +268,8 @@ def test_a_model_without_its_parts_is_anomalygpt():
     ablate(model, scales=[1], gates=False, fusion=False, comparison=False, focus=False)
     assert model.comparison is None and model.focus is None and model.memory.scales == (1,)
     pictures = torch.stack([to_pixels(part(seed=seed, marks=[(80, 80, 20, 20)] * (seed == 0))) for seed in range(3)])
-    features = model.encode(normalise(pictures))
-    bank = model.build_bank(features.patches[1:], "plate")
+    features = model.imagebind.encode_image(normalise(pictures))
+    bank = model.memory.build(features.patches[1:])
     query = ImageFeatures(*(values[:1] for values in features))
     expected = plain_distance(model, features.patches[0], features.patches[1:])
     check("ablation/plain map", model.anomaly_map(query, "plate", bank), expected, atol=1e-5)

@@ -14,7 +14,8 @@ from spgdd.diagnosis import Diagnoser
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.loading import load_model
-from spgdd.reference import HELD_OUT, encode
+from spgdd.reference import FORMAT, HELD_OUT, read_reference
+from spgdd.sealed import seal, unseal
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,8 @@ def test_rotated_normals_know_a_turned_part():
     marked = part(seed=1, marks=[(60, 60, 30, 30)])
     plain, rotated = (Diagnoser(FakeModel(rotate=rotate)).reference(marked) for rotate in (False, True))
     assert rotated.bank.rotate and rotated.bank.tokens.shape[2] == 4 * plain.bank.tokens.shape[2]
-    turned = encode(FakeModel(), [[to_pixels(marked.transpose(Image.Transpose.ROTATE_90), "squash")]]).patches[0, 0]
+    (seen,) = FakeModel().look([[to_pixels(marked.transpose(Image.Transpose.ROTATE_90), "squash")]])
+    turned = seen.patches[0, 0, 0]
     assert torch.allclose(rotated.bank.tokens[0, 0, 256:512], turned, atol=2e-3)  # a grey value is 4e-3
     assert not torch.allclose(plain.bank.tokens[0, 0], turned, atol=2e-3)
 
@@ -184,16 +186,86 @@ def test_a_calibration_of_other_trained_weights_is_refused(tmp_path):
     path = Diagnoser(model).reference(part(seed=1)).save(tmp_path / "nut.safetensors")
     with torch.no_grad():
         model.memory.gates[0, 0, 0] = 1.5
-    with pytest.raises(WeightsError, match="calibrated with other trained weights"):
+    with pytest.raises(WeightsError, match="made with another training"):
         Diagnoser(model).load_reference(path)
 
 
-def test_a_bank_without_calibration_is_refused(tmp_path):
-    model = FakeModel()
-    patches = model.encode(torch.zeros(1, 3, 224, 224)).patches
-    path = model.build_bank(patches, "nut").save(tmp_path / "bank.safetensors")
-    with pytest.raises(WeightsError, match="no calibration: make it with `spgdd memory build`"):
-        Diagnoser(model).load_reference(path)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, diagnoser):
+    reference = diagnoser.reference([part(seed=seed) for seed in (1, 2)], "nut", budget=20)
+    return reference.save(tmp_path_factory.mktemp("memory") / "nut.safetensors").read_bytes()
+
+
+def test_no_change_of_a_memory_file_passes(tmp_path, diagnoser, saved):
+    """Bits, bytes, cuts and additions anywhere in the file: each is refused in one line that says what to do."""
+    rng, path = np.random.default_rng(0), tmp_path / "nut.safetensors"
+    for number in range(200):
+        changed, place = bytearray(saved), int(rng.integers(len(saved)))
+        if number % 4 == 0:
+            changed[place] ^= 1 << int(rng.integers(8))
+        elif number % 4 == 1:
+            changed[place : place + 8] = rng.bytes(8)
+        elif number % 4 == 2:
+            del changed[place:]
+        else:
+            changed[place:place] = rng.bytes(int(rng.integers(1, 9)))
+        if bytes(changed) == saved:
+            continue
+        path.write_bytes(changed)
+        with pytest.raises(WeightsError, match="Make it again from the normal pictures: `spgdd memory build`"):
+            diagnoser.load_reference(path)
+
+
+@pytest.mark.parametrize("change", [
+    {"pictures": 10**20}, {"pictures": 0}, {"pictures": True}, {"scales": [1, 3]}, {"scales": []}, {"rotate": 3},
+    {"product": 7}, {"tiles": 0}, {"tiles": 10**6}, {"normals": "nut"}, {"digests": [1]}, {"calibration": None},
+    {"calibration": {"method": "<script>"}}, {"calibration": {"scores": [float("inf")]}},
+    {"calibration": {"scores": []}}, {"calibration": {"scores": [float("nan"), 0.1]}},
+    {"calibration": {"pictures": -1}}, {"calibration": {"largest": 3}},
+    {"calibration": {"colour": 1}}, {"calibration": {"outlines": [0.1]}}, {"calibration": {"scores": [3.0, 0.1]}},
+], ids=str)  # fmt: skip
+def test_a_sealed_file_of_impossible_values_is_refused(tmp_path, diagnoser, saved, change):
+    tensors, metadata = unseal(saved)
+    about = json.loads(metadata["about"])
+    if isinstance(change.get("calibration"), dict):
+        change = {"calibration": about["calibration"] | change["calibration"]}
+    path = tmp_path / "nut.safetensors"
+    path.write_bytes(seal(tensors, {"format": FORMAT, "about": json.dumps(about | change)}))
+    with pytest.raises(WeightsError, match="spgdd memory build"):
+        diagnoser.load_reference(path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: {"tokens": t["tokens"]}, lambda t: t | {"tokens": t["tokens"][:, :, :0]},
+    lambda t: t | {"tokens": t["tokens"][..., :3]}, lambda t: t | {"origin": t["origin"] + 5},
+    lambda t: t | {"tokens": t["tokens"] * float("nan")}, lambda t: t | {"origin": t["origin"].float()},
+    lambda t: t | {"tokens": torch.stack([t["tokens"]] * 2)}, lambda t: t | {"origin": t["origin"][..., 1:]},
+])  # fmt: skip
+def test_a_sealed_file_of_impossible_tensors_is_refused(tmp_path, diagnoser, saved, change):
+    tensors, metadata = unseal(saved)
+    path = tmp_path / "nut.safetensors"
+    changed = {name: value.contiguous() for name, value in change(tensors).items()}
+    path.write_bytes(seal(changed, {"format": FORMAT, "about": metadata["about"]}))
+    with pytest.raises(WeightsError, match="spgdd memory build"):
+        diagnoser.load_reference(path)
+
+
+def test_a_memory_file_may_be_cut_or_replaced_while_it_is_in_use(tmp_path, diagnoser, saved):
+    path = tmp_path / "nut.safetensors"
+    path.write_bytes(saved)
+    reference, picture = diagnoser.load_reference(path), part(seed=9, marks=[(80, 80, 20, 20)])
+    before = diagnoser.diagnose(picture, reference).to_json()
+    with path.open("r+b") as file:
+        file.truncate(100)
+    assert diagnoser.diagnose(picture, reference).to_json() == before
+
+
+def test_other_files_are_told_apart(tmp_path, diagnoser):
+    (tmp_path / "other.safetensors").write_bytes(seal({"x": torch.zeros(2)}, {"format": "something else"}))
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, words in [("absent", "there is no memory file"), ("other", "format 'something else'"), ("folder", "no")]:
+        with pytest.raises(WeightsError, match=words):
+            read_reference(tmp_path / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -226,19 +298,19 @@ def test_commands_build_inspect_and_use_a_memory(tmp_path, monkeypatch, capsys, 
 
 @pytest.mark.parametrize(
     ("mark", "value", "words"),
-    [("profile", "spgdd-7b", "made with profile spgdd-7b, and the loaded model is mini"),
-     ("imagebind", "0123456789abcdef", "made with other ImageBind weights")],
+    [("profile", "spgdd-7b", "made with another profile (spgdd-7b, loaded mini)"),
+     ("vision", "0123456789abcdef", "made with another vision tower")],
 )  # fmt: skip
 def test_a_memory_of_another_model_is_refused_by_the_command(tmp_path, monkeypatch, capsys, mini, mark, value, words):
     from dataclasses import replace
 
     monkeypatch.setattr("spgdd.diagnosis.load", lambda **options: mini)
     reference = mini.reference([part(seed=1)], "nut")
-    path = replace(reference, bank=replace(reference.bank, **{mark: value})).save(tmp_path / "other.safetensors")
+    path = replace(reference, **{mark: value}).save(tmp_path / "other.safetensors")
     part(seed=2).save(tmp_path / "part.png")
     assert cli.main(["diagnose", str(tmp_path / "part.png"), "--memory", str(path)]) == 1
     error = capsys.readouterr().err
-    assert words in error and "Make the bank again" in error
+    assert words in error and "Make it again" in error
     assert cli.main(["memory", "inspect", str(path)]) == 0 and value in capsys.readouterr().out
 
 

@@ -26,7 +26,7 @@ from spgdd.files import write_json
 from spgdd.imagebind.preprocess import preprocess
 from spgdd.images import read_image
 from spgdd.loading import load_model
-from spgdd.prefetch import ahead
+from spgdd.prefetch import prefetched
 from spgdd.profiles import get_profile
 from spgdd.training import cache as cache_module
 from spgdd.training.cache import Picture
@@ -87,7 +87,7 @@ def test_examples_are_what_the_files_say(model, folder, data):
         mask = read_mask(folder / rows[name].mask) if rows[name].mask else np.zeros((224, 224), bool)
         assert ((example.seen.mask.numpy() > 127) == mask).all()
     image = folder / name
-    expected = model.encode(preprocess([read_image(image)], "squash"))
+    expected = model.imagebind.encode_image(preprocess([read_image(image)], "squash"))
     check("feature cache: patches, half precision", example.seen.patches, expected.patches[0], rtol=1e-3)
     check("feature cache: embedding", example.seen.embedding, expected.embedding[0], rtol=1e-5)
 
@@ -232,8 +232,8 @@ def test_batches_are_of_like_length(large, model):
 def test_one_is_started_ahead():
     started = []
     items = (started.append(i) or i for i in range(4))
-    given = [(i, len(started)) for i in ahead(items)]
-    assert given == [(0, 2), (1, 3), (2, 4), (3, 4)] and list(ahead([])) == []
+    given = [(i, len(started)) for i in prefetched(items)]
+    assert given == [(0, 2), (1, 3), (2, 4), (3, 4)] and list(prefetched([])) == []
 
 
 # the cache
@@ -264,13 +264,13 @@ def test_the_tower_sees_each_picture_once(model, folder, tmp_path, monkeypatch):
 
 
 def count_encoded(monkeypatch, model) -> list[int]:
-    seen, encode = [], type(model).encode
+    seen, encode = [], type(model.imagebind).encode_image
 
     def counting(self, images):
         seen.append(len(images))
         return encode(self, images)
 
-    monkeypatch.setattr(type(model), "encode", counting)
+    monkeypatch.setattr(type(model.imagebind), "encode_image", counting)
     return seen
 
 

@@ -33,7 +33,7 @@ def with_fixed_weights(maps: dict[str, Tensor]) -> dict[str, Tensor]:
         "comparison.trust": trust,
         "comparison.steepness": torch.tensor([STEEPNESS]),
         "comparison.bias": torch.tensor([MIDDLE]),
-        "comparison.doubling": torch.zeros(1),
+        "comparison.per_doubling": torch.zeros(1),
     }
 
 
@@ -61,8 +61,8 @@ def main() -> None:
     model = bare_model(args.out)
     middle, doubling = fit_level(Diagnosed(model, args.products, 6, lambda known, rng: [], shots=(1, 2, 3)))
     maps["comparison.bias"] -= middle
-    maps["comparison.doubling"] += doubling
-    print(*(f"{name} {maps[f'comparison.{name}'].item():.2f}" for name in ("bias", "doubling")))
+    maps["comparison.per_doubling"] += doubling
+    print(*(f"{name} {maps[f'comparison.{name}'].item():.2f}" for name in ("bias", "per_doubling")))
     save_file(maps, target)
 
 

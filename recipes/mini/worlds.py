@@ -3,8 +3,6 @@
 import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -17,17 +15,15 @@ from miniworld import TYPES, ground_truth, photograph, possible_types
 from miniworld.world import Photographs
 from pool import TRAIN_FAMILIES, TRAIN_TYPES
 from spgdd.data import words
-from spgdd.diagnosis import prompt_map
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise
 from spgdd.loading import load_model
-from spgdd.model import SPGDD
+from spgdd.model import SPGDD, Seen
 from spgdd.places import PLACES
 from spgdd.profiles import SPGDD_PARTS, Delta, get_profile
-from spgdd.reference import as_told, encode, view_maps
 from spgdd.tensors import read_tensors
 from spgdd.training.data import Batch
-from spgdd.views import SIZE, assemble
+from spgdd.views import SIZE, Views
 from spgdd.weights.delta import apply_delta
 
 PICTURES, GOOD = 9, 5  # of a product; the good ones come first
@@ -87,7 +83,7 @@ class World:
         """What is kept of each of the last pictures: its embedding (J,) and patches (L, N, D) float16."""
         seen = []
         for part in shots.images.split(64):
-            embedding, patches = model.encode(normalise(part))
+            embedding, patches = model.imagebind.encode_image(normalise(part))
             seen += map(ImageFeatures, embedding.float(), patches.half())
         return seen
 
@@ -141,31 +137,28 @@ class Diagnosed(World):
         size = model.profile.joint * shots.images.shape[-1]
         large = F.interpolate(shots.images.float(), size=(size, size), mode="bicubic", align_corners=False)
         large = large.round_().clamp_(0, 255).byte()
-        embedding, patches = encode(model, list(zip(shots.images, large, strict=True)))
-        views = len(patches) // len(large)
-        embedding, patches = (part.unflatten(0, (-1, views)) for part in (embedding, patches))  # (B, V, ...)
+        seen = model.look(list(zip(shots.images, large, strict=True)))
         tiled = [rng.random() < self.tiled for _ in range(len(large) // PICTURES)]
-        corner_maps, seen = [], []
-        for row in range(len(large)):
-            count = views if tiled[row // PICTURES] else 1
-            own = ImageFeatures(embedding[row, :count], patches[row, :count])
+        kept = []
+        for row, (embedding, patches, _) in enumerate(seen):
+            side = model.profile.joint if tiled[row // PICTURES] else 1
+            views = Views(SIZE, SIZE, "squash", side, side > 1)
             others = [r for r in range(row - row % PICTURES, row - row % PICTURES + GOOD) if r != row]
             chosen = rng.sample(others, rng.choice(self.shots))
             self.chosen.append([first + other for other in chosen])
-            name, bank = self.known[first + row]["product"], None
+            bank = None
             if chosen:
-                origin = torch.arange(len(chosen)).repeat_interleave(count)
-                bank = model.build_bank(patches[chosen, :count].flatten(0, 1), name, origin=origin)
-            corner_maps.append(view_maps(model, own, name, bank))  # (V, 224, 224)
-            told = as_told(own, count, count > 1)
-            seen.append(ImageFeatures(told.embedding[0].float(), told.patches[0].half()))
-            self.entries.append(patches[row, :count, -1].flatten(0, 1).half())  # (V*N, D)
-        with ThreadPoolExecutor() as pool:
-            found = [*pool.map(partial(assemble, share=model.profile.score_share, joint=True), corner_maps)]
-        scores, square_maps = zip(*found, strict=True)
-        self.scores += scores
-        self.maps += torch.cat([*map(prompt_map, corner_maps, square_maps)])[:, 0].to(embedding.device).half()
-        return seen
+                origin = torch.arange(len(chosen)).repeat_interleave(views.count)
+                good = torch.cat([seen[other].patches[0, : views.count] for other in chosen])
+                bank = model.memory.build(good, origin=origin)
+            own = Seen(embedding, patches[:, : views.count], views.joint)
+            evidence = model.evidence(own.patches[0], self.known[first + row]["product"], bank)
+            score, _, prompt_map = views.join(evidence, model.profile.score_share)
+            self.scores.append(score)
+            self.maps.append(prompt_map[0, 0].half())
+            kept.append(ImageFeatures(embedding.float(), own.told.half()))
+            self.entries.append(own.patches[0, :, -1].flatten(0, 1).half())  # (V*N, D)
+        return kept
 
     def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
         rng, plan, alike = random.Random(f"order {seed} {epoch}"), [], {}

@@ -32,14 +32,14 @@ def diagnose(
     from tqdm import tqdm
 
     from spgdd.diagnosis import load
-    from spgdd.report import save_report
+    from spgdd.report import Report
 
     for target in (json_file, report):
         if target and Path(target).is_dir():
             raise SpgddError(f"{target}: a folder; name the file to write.")
     if memory and (normal or tiles):
         raise SpgddError("--memory holds the normal pictures and the tiles: leave --normal and --tiles out.")
-    errors, results, reported = [], [], []
+    errors, results, page = [], [], Report() if report else None
     found = pictures(images, errors)
     normals = pictures(normal, errors, check=True)
     if normal and not normals:
@@ -59,8 +59,8 @@ def diagnose(
                 note(errors, image, error)
                 continue
             results.append(diagnosis.to_dict(timings))
-            if report:
-                reported.append(diagnosis)
+            if page:
+                page.add(diagnosis)
             if json_file != "-":
                 tqdm.write(summary(diagnosis))
     finally:  # whatever ends the batch, what is done is kept
@@ -70,17 +70,18 @@ def diagnose(
             print(json.dumps(table, indent=2, ensure_ascii=False))
         elif json_file:
             write_json(json_file, table)
-        if report:
-            save_report(report, reported, [error["error"] for error in errors])
+        if page:
+            page.errors += [error["error"] for error in errors]
+            page.save(report)
     return int(bool(errors))
 
 
 def summary(diagnosis) -> str:
     """A diagnosis in one line: picture, verdict, score and threshold, regions, answer."""
-    from spgdd.report import places
+    from spgdd.report import number, places
 
     verdict = diagnosis.verdict if diagnosis.calibration.scores else f"{diagnosis.verdict} (not calibrated)"
-    numbers = f"{diagnosis.score:.3f} / {diagnosis.threshold:.3f}"
+    numbers = f"{number(diagnosis.score)} / {number(diagnosis.threshold)}"
     notes = [f"({note})" for note in diagnosis.notes]
     text = " ".join(diagnosis.text.split())
     return "  ".join([diagnosis.image, verdict, numbers, places(diagnosis), text, *notes])

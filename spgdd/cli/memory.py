@@ -32,21 +32,22 @@ def build(
 
 def inspect(file: Path = Argument(help="what `spgdd memory build` wrote")) -> None:
     """Say what is in such a file."""
-    from spgdd.reference import Reference
-    from spgdd.selfprompt.memory import MemoryBank
+    from spgdd.reference import read_reference
+    from spgdd.report import number
 
-    bank = MemoryBank.load(file)
-    reference = Reference.of(bank)
+    reference = read_reference(file)
+    bank = reference.bank
     calibration, limits = reference.calibration, reference.calibration.limits(0.05)
+    scores, (threshold, low, high) = calibration.scores, map(number, limits[:3])
     turned = ", each in four orientations" if bank.rotate else ""
     rows = {
-        "product": bank.product,
-        "profile": f"{bank.profile}, ImageBind weights {bank.imagebind}",
+        "product": reference.product,
+        "profile": f"{reference.profile}, weights of its vision tower {reference.vision}",
         "normals": f"{bank.normals}{turned}: {', '.join(reference.normals)}",
         "views": "whole" if reference.tiles == 1 else f"whole and {reference.tiles} x {reference.tiles} tiles",
         "entries": f"{bank.tokens.shape[2]:,} at each of {len(bank.tokens)} depths and scales {bank.scales}",
-        "calibration": f"{calibration.method}, scores {min(calibration.scores):.3f} to {max(calibration.scores):.3f}",
-        "threshold": f"{limits.threshold:.3f} at 5 % false alarms, unsure {limits.low:.3f} to {limits.high:.3f}",
+        "calibration": f"{calibration.method}, scores {number(min(scores))} to {number(max(scores))}",
+        "threshold": f"{threshold} at 5 % false alarms, unsure {low} to {high}",
         "file": f"{file.stat().st_size / 1e6:,.1f} MB",
     }
     for name, value in rows.items():

@@ -11,8 +11,8 @@ import numpy as np
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
+from spgdd.agreement import says_defective
 from spgdd.data.grammar import KINDS, TYPES, base, is_specific
-from spgdd.diagnosis import says_defective
 from spgdd.places import PLACES
 
 BINS = 0x7C01  # the float16 numbers from 0 to infinity; their bit patterns rise with them

@@ -14,21 +14,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from spgdd.agreement import says_defective
 from spgdd.calibration import Calibration
 from spgdd.data.describe import measure
 from spgdd.data.grammar import TYPES, VOCABULARY, base
 from spgdd.data.index import index_folder, read_mask
 from spgdd.data.words import default_question
-from spgdd.diagnosis import Diagnoser, judge, prompt_map, says_defective
+from spgdd.diagnosis import Diagnoser, judge
 from spgdd.errors import DataError
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, verdict_metrics
 from spgdd.images import read_image
 from spgdd.language.conversation import fold_history
 from spgdd.prefetch import prefetched, results
 from spgdd.profiles import Profile
-from spgdd.reference import BATCH, as_told, build_reference, encode, view_maps
-from spgdd.views import Placement
+from spgdd.reference import build_reference
+from spgdd.views import Views
 
+BATCH = 32  # pictures decoded and seen together
 TOKENS = 64  # longest answer
 KIND_QUESTION = "What kind of defect is it?"
 
@@ -133,30 +135,30 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
     counts, pictures = {key: PixelCounts() for key in sets}, {key: [] for key in sets}
     for batch in load_batches(task.queries, model.profile):
-        features = encode(model, [loaded.views for loaded in batch])  # of B*V rows
-        told = as_told(features, len(features.patches) // len(batch), batch[0].placement.joint) if text else None
+        seen, count = model.look([loaded.pixels for loaded in batch]), batch[0].views.count
+        patches = torch.cat([one.patches[0] for one in seen])  # (B*V, L, N, D)
+        embedding, told = (torch.stack([getattr(one, name) for one in seen]) for name in ("embedding", "told"))
         for key, reference in sets.items():
             bank = reference.bank if reference else None
-            maps = view_maps(model, features, task.name, bank)
-            records, shown = [], []
-            for loaded, corner_maps in zip(batch, np.split(maps, len(batch)), strict=True):
-                picture = loaded.picture
-                score, verdict, regions, square_map = judge(
-                    corner_maps, limits[key], loaded.placement, picture.name, model.profile.score_share
-                )
-                if text:
-                    shown.append(prompt_map(corner_maps, square_map))
+            evidence = model.evidence(patches, task.name, bank)
+            records, prompt_maps = [], []
+            for number, loaded in enumerate(batch):
+                picture, views = loaded.picture, loaded.views
+                own = evidence[number * count : (number + 1) * count]
+                score, square_map, prompt_map = views.join(own, model.profile.score_share)
+                square_map = square_map.cpu().numpy()
+                judged = judge(score, square_map, limits[key], views)
+                prompt_maps.append(prompt_map)
                 records.append({
                     "picture": picture.name, "kind": picture.kind, "places": loaded.places, "score": score,
-                    "threshold": limits[key].threshold, "verdict": verdict,
-                    "regions": [asdict(region) for region in regions[:3]],
+                    "threshold": limits[key].threshold, "verdict": judged["verdict"],
+                    "regions": [asdict(region) for region in judged["regions"][:3]],
                 })  # fmt: skip
                 if picture.kind == "good" or loaded.coverage is not None:
                     counts[key].add(square_map, loaded.coverage)
             if text:
-                shown = torch.cat(shown).to(told.embedding.device)
-                prompts = model.prompt_tokens(shown, told.patches, bank.entries if bank else None)
-                _ask(model, told.embedding, prompts, task, records)
+                prompts = model.prompt_tokens(torch.cat(prompt_maps), told, bank and bank.entries)
+                _ask(model, embedding, prompts, task, records)
             pictures[key] += records
         bar.update(len(batch))
     return [
@@ -190,8 +192,8 @@ def _ask(model, embedding: torch.Tensor, prompts: torch.Tensor, task: Task, reco
 @dataclass(frozen=True, eq=False)
 class Loaded:
     picture: Picture
-    views: list[torch.Tensor]  # see Placement.views
-    placement: Placement
+    views: Views
+    pixels: list[torch.Tensor]  # see Views.pixels
     coverage: np.ndarray | None  # float32 (M, M), share of each pixel of the map that is defective
     places: list[str]
 
@@ -208,11 +210,11 @@ def load_batches(pictures: Sequence[Picture], profile: Profile) -> Iterator[list
 def load_picture(picture: Picture, profile: Profile) -> Loaded:
     """Decode a picture and its mask, and shrink the mask area by area to the frame of the map."""
     image = read_image(picture.source)
-    placement = Placement.of(image, profile, profile.tiles)
+    views = Views.of(image, profile)
     coverage, places = None, list(picture.places)
     if picture.mask is not None:
         mask = read_mask(picture.mask) if isinstance(picture.mask, Path) else picture.mask  # (H, W)
         if not places:
             places = list(dict.fromkeys(d["place"] for d in measure(mask, np.asarray(image), picture.kind)))
-        coverage = placement.to_map(mask)
-    return Loaded(picture, placement.views(image), placement, coverage, places)
+        coverage = views.to_map(mask)
+    return Loaded(picture, views, views.pixels(image), coverage, places)

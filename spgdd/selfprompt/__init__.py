@@ -2,12 +2,13 @@
 
 from spgdd.selfprompt.abnormal_prompts import AbnormalPrompts
 from spgdd.selfprompt.comparison import Comparison
+from spgdd.selfprompt.evidence import Evidence
 from spgdd.selfprompt.focuser import Focus, PatchDecoder
 from spgdd.selfprompt.memory import Memory, MemoryBank, rotations, subsample
 from spgdd.selfprompt.prompt_learner import PromptLearner
 from spgdd.selfprompt.tokens import MemoryTokens
 
 __all__ = [
-    "AbnormalPrompts", "Comparison", "Focus", "Memory", "MemoryBank", "MemoryTokens", "PatchDecoder", "PromptLearner",
-    "rotations", "subsample",
+    "AbnormalPrompts", "Comparison", "Evidence", "Focus", "Memory", "MemoryBank", "MemoryTokens", "PatchDecoder",
+    "PromptLearner", "rotations", "subsample",
 ]  # fmt: skip

@@ -24,8 +24,8 @@ class Comparison(nn.Module):
 
     The words' are the sum of ``word_evidence`` over the taps, each by its ``trust``; the memory's are ``steepness`` x
     A_mem, and ``bias`` is what a normal patch has of both. The more normal images, the closer is the nearest patch of
-    theirs, to a defect too: ``doubling`` gives back what each doubling of their number takes. Before training the words
-    have no say: an untrained decoder is very sure of nothing.
+    theirs, to a defect too: ``per_doubling`` gives back what each doubling of their number takes. Before training the
+    words have no say: an untrained decoder is very sure of nothing.
     """
 
     def __init__(self, taps: int):
@@ -33,7 +33,7 @@ class Comparison(nn.Module):
         self.steepness = nn.Parameter(torch.tensor([6.0]))
         self.bias = nn.Parameter(torch.tensor([-3.3]))
         self.trust = nn.Parameter(torch.zeros(taps))
-        self.doubling = nn.Parameter(torch.zeros(1))
+        self.per_doubling = nn.Parameter(torch.zeros(1))
 
     def forward(self, fused: Tensor, words: Tensor, normals: int = 1) -> Tensor:
         """Log-odds (B, N) of a defect.
@@ -41,9 +41,9 @@ class Comparison(nn.Module):
         From A_mem (B, N) on the patch grid, of a memory of so many ``normals``, and the words' evidence (B, L, N).
         """
         said = torch.einsum("bln,l->bn", words.clamp(-SURE, SURE), self.trust)
-        return self.steepness * fused + said + self.bias + self.doubling * log2(normals)
+        return self.steepness * fused + said + self.bias + self.per_doubling * log2(normals)
 
-    def shares(self) -> Tensor:
+    def tap_weights(self) -> Tensor:
         """Weights (L,) of the taps where the words are alone: those of ``trust``, equal before training."""
         positive = self.trust.clamp(min=0) + EPSILON
         return positive / positive.sum()

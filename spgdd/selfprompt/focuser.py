@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAP_SIZE = 224
 TEMPERATURE = 0.01  # similarities are divided by it before the softmax
 FOCUS = 0.05  # temperature of the attention that pools patches by their anomaly
 
@@ -77,18 +76,18 @@ def zero_shot_probabilities(decoded: Tensor, anchors: Tensor) -> Tensor:
     return pixels.unflatten(0, logits.shape[:2])
 
 
-def over_taps(probabilities: Tensor, shares: Tensor | None = None) -> Tensor:
+def over_taps(probabilities: Tensor, tap_weights: Tensor | None = None) -> Tensor:
     """Anomaly map (B, 1, 224, 224), 0 normal to 1 abnormal, of ``zero_shot_probabilities`` (B, L, 2, 224, 224).
 
-    It is the mean over the taps, weighted by ``shares`` (L,) if given.
+    It is the mean over the taps, weighted by ``tap_weights`` (L,) if given.
     """
     abnormal = probabilities[:, :, 1]
-    return (abnormal.mean(1) if shares is None else torch.einsum("blhw,l->bhw", abnormal, shares))[:, None]
+    return (abnormal.mean(1) if tap_weights is None else torch.einsum("blhw,l->bhw", abnormal, tap_weights))[:, None]
 
 
-def zero_shot_map(decoded: Tensor, anchors: Tensor, shares: Tensor | None = None) -> Tensor:
+def zero_shot_map(decoded: Tensor, anchors: Tensor, tap_weights: Tensor | None = None) -> Tensor:
     """Anomaly map (B, 1, 224, 224) of decoded patches; see ``zero_shot_logits`` and ``over_taps``."""
-    return over_taps(zero_shot_probabilities(decoded, anchors), shares)
+    return over_taps(zero_shot_probabilities(decoded, anchors), tap_weights)
 
 
 class Focus(nn.Module):
@@ -110,9 +109,10 @@ class Focus(nn.Module):
         return torch.stack([layer(pooled[:, tap]) for tap, layer in enumerate(self.fc)], dim=1)
 
 
-def enlarge(maps: Tensor) -> Tensor:
-    """Patch maps (B, C, G, G) -> pixel maps (B, C, 224, 224), bilinear, aligned corners (AnomalyGPT)."""
-    return F.interpolate(maps, size=(MAP_SIZE, MAP_SIZE), mode="bilinear", align_corners=True)
+def enlarge(maps: Tensor, patch: int = 14) -> Tensor:
+    """Patch maps (B, C, G, G) -> pixel maps (B, C, S, S), S = G * patch: bilinear, aligned corners (AnomalyGPT)."""
+    size = [side * patch for side in maps.shape[-2:]]
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
 
 
 def focal_loss(probabilities: Tensor, mask: Tensor, gamma: float = 2.0, smooth: float = 1e-5) -> Tensor:

@@ -1,25 +1,15 @@
 """The self-prompted memory (MSSPMM): a query's patch tokens against those of the product's normal images."""
 
-import json
-import os
 from dataclasses import dataclass, replace
 from functools import cache
 from math import isqrt
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spgdd.errors import WeightsError
-from spgdd.selfprompt.focuser import enlarge
 
-FORMAT = "spgdd-memory-bank-2"
-TENSORS = ("tokens", "origin")
-PLAIN = ("product", "profile", "imagebind")
-CODED = ("scales", "normals", "rotate", "calibration")  # stored as JSON
 CHUNK = 2**24  # most values of one temporary tensor of the search: 64 MB in float32
 
 
@@ -32,63 +22,11 @@ class MemoryBank:
     scales: tuple[int, ...]  # S side lengths of the neighbourhoods, in patches
     normals: int  # number of normal images
     rotate: bool = False  # whether each of them is in it at 0, 90, 180 and 270 degrees
-    product: str = "object"
-    profile: str = ""
-    imagebind: str = ""  # fingerprint of the vision tower that made the tokens
-    calibration: dict | None = None  # JSON values of whoever calibrates the score; carried, not read here
 
     @property
     def entries(self) -> Tensor:
-        """Those of the last tap at the first scale (1, M, D), which the memory tokens are made from."""
+        """Those of the last tap at the first scale, as ``SPGDD.prompt_tokens`` takes them: (1, M, D)."""
         return self.tokens[None, -1, 0]
-
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write everything to one ``.safetensors`` file, whole or not at all."""
-        if not self.profile:
-            raise ValueError("this bank does not say which model made it: build it with SPGDD.build_bank")
-        path = Path(path)
-        plain = {name: getattr(self, name) for name in PLAIN}
-        coded = {name: json.dumps(getattr(self, name)) for name in CODED}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in TENSORS}
-        save_file(tensors, partial, {"format": FORMAT, **plain, **coded})
-        os.replace(partial, path)
-        return path
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike, profile: str | None = None, imagebind: str | None = None, device="cpu"
-    ) -> "MemoryBank":
-        """Read a bank; where they are given, it must be of that profile and that vision tower (its fingerprint).
-
-        Raises WeightsError if the file is missing or damaged, no bank, or made with another model.
-        """
-        path, again = Path(path), "Make the bank again from the normal images."
-        if not path.is_file():
-            raise WeightsError(f"there is no memory bank {path}. Build one from normal images and save it.")
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                found = {name: file.get_tensor(name) for name in TENSORS if metadata.get("format") == FORMAT}
-        except SafetensorError as error:
-            raise WeightsError(f"{path} is damaged or no .safetensors file ({error}). {again}") from error
-        if not found:
-            raise WeightsError(f"{path} is no memory bank: format {metadata.get('format')}, not {FORMAT}.")
-        if profile not in (None, metadata["profile"]):
-            raise WeightsError(
-                f"{path} was made with profile {metadata['profile']}, and the loaded model is {profile}. "
-                f"Load the profile {metadata['profile']}, or: {again}"
-            )
-        if imagebind not in (None, metadata["imagebind"]):
-            raise WeightsError(
-                f"{path} was made with other ImageBind weights (fingerprint {metadata['imagebind']}, loaded "
-                f"{imagebind}). {again}"
-            )
-        coded = {name: json.loads(metadata[name]) for name in CODED}
-        coded["scales"] = tuple(coded["scales"])
-        plain = {name: metadata[name] for name in PLAIN}
-        return cls(**found, **plain, **coded)
 
 
 class Memory(nn.Module):
@@ -154,14 +92,14 @@ class Memory(nn.Module):
         weights = self.fusion.flatten().softmax(0).view_as(self.fusion)
         return (distances * weights[..., None]).sum((-3, -2))
 
-    def anomaly_map(self, patches: Tensor, bank: MemoryBank) -> Tensor:
-        """Anomaly map (B, 1, 224, 224) float32 of tokens (B, L, N, D): 0 as in the memory, at most 2."""
-        self.require_scales(bank)
-        return enlarge(on_grid(self.fuse(self.compare(patches, bank.tokens[None])[0]))[:, None])
-
-    def require_scales(self, bank: MemoryBank) -> None:
-        if bank.scales != self.scales:
-            raise WeightsError(f"the bank has scales {bank.scales}, the model {self.scales}: build it again.")
+    def require_fit(self, bank: MemoryBank) -> None:
+        """Raises WeightsError for a bank of other taps, scales or channels."""
+        taps, scales, width = self.gates.shape
+        if bank.scales != self.scales or (len(bank.tokens), bank.tokens.shape[3]) != (taps, width):
+            raise WeightsError(
+                f"the memory has entries {tuple(bank.tokens.shape)} at scales {bank.scales}, the model {taps} taps of "
+                f"{width} channels at scales {self.scales}. Make it again: `spgdd memory build`."
+            )
 
 
 def on_grid(values: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from spgdd.imagebind.preprocess import normalise, to_pixels
 from spgdd.images import read_image
 from spgdd.model import SPGDD
 from spgdd.prefetch import prefetched, results
-from spgdd.views import SIZE, Placement
+from spgdd.views import SIZE, Views
 
 BATCH = 32  # pictures that the vision tower takes at once
 RECIPE = 1  # number of how pictures become content; another one makes every file anew
@@ -77,7 +77,7 @@ def look(picture: Picture, fit: str) -> Seen:
         pixels, defects = torch.from_numpy(np.ascontiguousarray(made.image)).permute(2, 0, 1), made.defects
         mask = np.rint(255 * made.label).astype(np.uint8)
     elif picture.mask:
-        mask = np.uint8(255) * (Placement(*image.size, fit).to_map(_marks(picture, image.size)) > MASK_SHARE)
+        mask = np.uint8(255) * (Views(*image.size, fit).to_map(_marks(picture, image.size)) > MASK_SHARE)
     return Seen(torch.from_numpy(mask), defects, pixels)
 
 
@@ -180,8 +180,8 @@ class FeatureCache:
 
 def encode(model: SPGDD, seen: Sequence[Seen]) -> ImageFeatures:
     """Features of pixels on the model's device: embedding (B, J) float32, patches (B, L, N, D) float16."""
-    parts = [model.encode(normalise(torch.stack([one.pixels for one in seen[i : i + BATCH]])))
-             for i in range(0, len(seen), BATCH)]  # fmt: skip
+    pixels = torch.stack([one.pixels for one in seen]).split(BATCH)
+    parts = [model.imagebind.encode_image(normalise(some.to(model.device))) for some in pixels]
     embedding, patches = zip(*parts, strict=True)
     return ImageFeatures(torch.cat(embedding).float(), torch.cat(patches).half())
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 
-from spgdd.imagebind import ImageFeatures
 from spgdd.language import Answer
 from spgdd.model import SPGDD
 from spgdd.training.settings import Settings
@@ -47,9 +46,9 @@ def answers(model: SPGDD, batch, questions: list[str]) -> list[Answer]:
     """What the model says to each picture of a batch, with the batch's normal pictures for comparison."""
     prompts = []
     for row, product in enumerate(batch.products):
-        features = ImageFeatures(*(column[row : row + 1] for column in batch.features))
+        patches = batch.features.patches[row : row + 1]
         normals = batch.normals[row] if batch.normals else None
-        bank = None if normals is None else model.build_bank(normals, product)
-        anomaly_map = model.anomaly_map(features, product, bank)
-        prompts.append(model.prompt_tokens(anomaly_map, features.patches, bank.entries if bank else None))
+        bank = None if normals is None else model.memory.build(normals)
+        anomaly_map = model.evidence(patches, product, bank).map()
+        prompts.append(model.prompt_tokens(anomaly_map, patches, bank and bank.entries))
     return model.language.generate_batch(batch.features.embedding, questions, torch.cat(prompts), LONGEST)

@@ -41,7 +41,7 @@ def spgdd_loss(model: SPGDD, batch: Batch, max_length: int = 1024) -> TrainingLo
     anchors, abnormal = model.learned_anchors(products)  # (B, 2, J)
     decoded = model.image_decoder(patches)
     probabilities = zero_shot_probabilities(decoded, anchors)  # (B, L, 2, 224, 224)
-    words, zero_shot = word_evidence(decoded, anchors), over_taps(probabilities, model.shares)
+    words, zero_shot = word_evidence(decoded, anchors), over_taps(probabilities, model.tap_weights)
     maps, prompts, start = [], [], 0
     for count, group in itertools.groupby(order, key=counts.__getitem__):
         group = list(group)
@@ -49,7 +49,8 @@ def spgdd_loss(model: SPGDD, batch: Batch, max_length: int = 1024) -> TrainingLo
         found = zero_shot[rows]
         if count:
             tokens = model.memory.tokens(torch.stack([batch.normals[row] for row in group]))  # of (G, K, L, N, D)
-            found, entries = model.few_shot_map(patches[rows], words[rows], tokens, count), tokens[:, -1, 0]
+            found = model.few_shot(patches[rows], words[rows], tokens, count).map()
+            entries = tokens[:, -1, 0]
         maps.append(found)
         prompts.append(model.prompt_tokens(found, patches[rows], entries))
     said = model.language.forward_loss(embedding, conversations, torch.cat(prompts), max_length)

@@ -7,12 +7,12 @@ from PIL import Image
 
 from fake_model import FakeModel, part
 from spgdd.diagnosis import Diagnoser, load
-from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import to_pixels
-from spgdd.reference import as_told, encode, in_tiles
+from spgdd.model import Seen, _split_square
+from spgdd.selfprompt import Evidence
 from spgdd.selfprompt.focuser import enlarge
 from spgdd.selfprompt.memory import on_grid
-from spgdd.views import Placement, align, assemble, find_regions
+from spgdd.views import Views, align
 
 
 @pytest.mark.parametrize("size", [(300, 600), (900, 400), (224, 224), (61, 50), (1000, 999)])
@@ -23,12 +23,12 @@ def test_positions_agree_with_the_preprocessing(size, fit):
     colours = np.zeros((size[1], size[0], 3))
     colours[..., 0], colours[..., 1] = columns / size[0] * 255, rows[:, None] / size[1] * 255
     square = to_pixels(Image.fromarray(np.rint(colours).astype(np.uint8)), fit).numpy().astype(np.float32)
-    placement = Placement(*size, fit)
+    views = Views(*size, fit)
     for axis in (0, 1):
-        returned = placement.to_picture(square[axis])
+        returned = views.to_picture(square[axis])
         assert returned.shape == (size[1], size[0]) and returned.dtype == np.float32
         seen = np.isfinite(returned)
-        assert seen.mean() == pytest.approx(placement.seen_share, abs=0.02)
+        assert seen.mean() == pytest.approx(views.seen_share, abs=0.02)
         assert (fit == "squash") <= seen.all()
         inner = seen & (np.minimum(columns, size[0] - columns) > 0.02 * size[0])
         inner &= (np.minimum(rows, size[1] - rows) > 0.02 * size[1])[:, None]
@@ -69,7 +69,7 @@ def test_marker_is_found_where_it_is(size, fit, corner):
 
 def test_align_puts_every_patch_value_on_its_patch():
     values = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    aligned = align(enlarge(values)[0, 0].numpy())
+    aligned = align(enlarge(values)[0, 0]).numpy()
     centres = slice(7, 224, 14)  # the patch's centre lies between pixels 6 and 7
     expected = values[0, 0].numpy()
     middle = (aligned[6:223:14, 6:223:14] + aligned[centres, centres]) / 2
@@ -84,15 +84,15 @@ def test_regions_are_separate_sorted_and_free_of_specks():
     square[150:224, 200:224] = 0.9
     square[100:103, 100:103] = 0.95  # a speck
     square[60:90, 150:180] = 0.3  # above the outline, but never reaches the verdict's limit
-    regions = find_regions(square, 0.2, 0.5, Placement(448, 224, "squash"))
+    regions = Views(448, 224, "squash").regions(square, 0.2, 0.5)
     assert [region.box for region in regions] == [(400, 150, 448, 224), (40, 10, 120, 40)]
     assert [region.place for region in regions] == ["bottom right", "top left"]
     assert regions[1].area_share == pytest.approx(30 * 40 / 224**2)
     assert regions[0].peak == pytest.approx(0.9)
     square[:] = 0
     square[100:103, 100:103] = 0.95
-    assert len(find_regions(square, 0.2, 0.5, Placement(224, 224, "squash"))) == 1  # nothing else is there
-    assert find_regions(square, 0.99, 0.99, Placement(224, 224, "squash")) == ()
+    assert len(Views(224, 224, "squash").regions(square, 0.2, 0.5)) == 1  # nothing else is there
+    assert Views(224, 224, "squash").regions(square, 0.99, 0.99) == ()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_regions_are_separate_sorted_and_free_of_specks():
      ((149, 149, 151, 151), "center"), ((0, 99, 0, 101), "top left"), ((201, 201, 300, 300), "bottom right")],
 )  # fmt: skip
 def test_places_are_cut_at_thirds_and_the_cut_belongs_to_the_lower_cell(box, place):
-    assert Placement(300, 300, "squash").place_of(box) == place
+    assert Views(300, 300, "squash").place_of(box) == place
 
 
 # Corners, with the weights of mini
@@ -143,15 +143,15 @@ def test_tiles_cover_the_square_and_are_put_back_where_they_were(size, fit, tile
     columns, rows = (np.arange(side) + 0.5 for side in size)
     colours = np.zeros((size[1], size[0], 3))
     colours[..., 0], colours[..., 1] = columns / size[0] * 255, rows[:, None] / size[1] * 255
-    placement = Placement(*size, fit, tiles)
-    views = torch.stack(placement.views(Image.fromarray(np.rint(colours).astype(np.uint8))))
-    assert views.shape == (1 + tiles**2, 3, 224, 224) and placement.side == 224 + (tiles - 1) * 196
+    views = Views(*size, fit, tiles)
+    pixels = torch.stack(views.pixels(Image.fromarray(np.rint(colours).astype(np.uint8))))
+    assert pixels.shape == (1 + tiles**2, 3, 224, 224) and views.side == 224 + (tiles - 1) * 196
     places = (np.arange(16) + 0.5) * 14 - 0.5
     for axis in (0, 1):
-        patches = torch.tensor(views[:, axis].float().numpy()[:, places.astype(int)][:, :, places.astype(int)])
-        square = assemble(enlarge(patches[:, None])[:, 0].numpy())[1]
-        assert square.shape == (placement.side,) * 2
-        returned = placement.to_picture(square)
+        patches = torch.tensor(pixels[:, axis].float().numpy()[:, places.astype(int)][:, :, places.astype(int)])
+        square = views.join(Evidence(patches[:, None], "distance")).square_map
+        assert square.shape == (views.side,) * 2
+        returned = views.to_picture(square)
         inner = np.isfinite(returned) & (np.abs(columns / size[0] - 0.5) < 0.3)
         inner &= (np.abs(rows / size[1] - 0.5) < 0.3)[:, None]
         assert np.abs(returned - colours[..., axis])[inner].mean() < 4  # patches are 16 grey values apart, tiles 8
@@ -165,14 +165,14 @@ def test_joint_tiles_are_parts_of_one_large_square(size, fit):
     colours = np.zeros((size[1], size[0], 3))
     colours[..., 0], colours[..., 1] = columns / size[0] * 255, rows[:, None] / size[1] * 255
     picture, model = Image.fromarray(np.rint(colours).astype(np.uint8)), FakeModel(fit, tiles=2, joint=2)
-    placement = Placement.of(picture, model.profile, 2)
-    views = placement.views(picture)
-    assert [tuple(view.shape) for view in views] == [(3, 224, 224), (3, 448, 448)] and placement.side == 448
-    patches = encode(model, [views, views]).patches[5:, 0]  # of the second: (5, 256, 4)
+    views = Views.of(picture, model.profile, 2)
+    pixels = views.pixels(picture)
+    assert [tuple(view.shape) for view in pixels] == [(3, 224, 224), (3, 448, 448)] and views.side == 448
+    patches = model.look([pixels, pixels])[1].patches[0, :, 0]  # (5, 256, 4)
     assert model.encoded == 4 and len(patches) == 5
     for axis in (0, 1):
-        square = assemble(enlarge(on_grid(patches[..., axis])[:, None])[:, 0].numpy() * 255, joint=True)[1]
-        returned = placement.to_picture(square)
+        square = views.join(Evidence(on_grid(patches[..., axis])[:, None] * 255, "distance")).square_map
+        returned = views.to_picture(square)
         inner = np.isfinite(returned) & (np.abs(columns / size[0] - 0.5) < 0.3)
         inner &= (np.abs(rows / size[1] - 0.5) < 0.3)[:, None]
         assert np.abs(returned - colours[..., axis])[inner].mean() < 2.5  # a large patch is 8 grey values from the next
@@ -180,30 +180,43 @@ def test_joint_tiles_are_parts_of_one_large_square(size, fit):
 
 @pytest.mark.parametrize("side", [2, 3])
 def test_text_is_told_of_the_large_square_that_joint_tiles_are_parts_of(side):
-    large, whole = torch.randn(3, 4, (16 * side) ** 2, 5), torch.randn(3, 1, 4, 256, 5)
-    patches = torch.cat([whole, in_tiles(large, side)], dim=1)  # (B, V, L, N, D)
-    embedding = torch.randn(3, 1 + side**2, 6)
-    features = ImageFeatures(embedding.flatten(0, 1), patches.flatten(0, 1))
-    for joint, expected in ((True, large), (False, whole[:, 0])):
-        told = as_told(features, 1 + side**2, joint)
-        assert torch.equal(told.patches, expected) and torch.equal(told.embedding, embedding[:, 0])
+    large, whole = torch.randn(1, 4, (16 * side) ** 2, 5), torch.randn(1, 4, 256, 5)
+    patches = torch.cat([whole[:, None], _split_square(large, side)], dim=1)  # (1, V, L, N, D)
+    for joint, expected in ((True, large), (False, whole)):
+        assert torch.equal(Seen(torch.zeros(6), patches, joint).told, expected[0])
 
 
 def test_whole_view_and_tiles_count_as_they_have_patches():
-    maps = np.zeros((5, 224, 224), np.float32)
-    maps[3, :112, :112] = np.linspace(0, 1, 112**2).reshape(112, 112)
-    maps[0, 5, 5] = 2
-    for share, whole, tile in [(0, 2.0, 1.0), (0.25, 0.0, 0.5), (0.125, 0.0, 0.75)]:  # a quarter rises from 0 to 1
-        assert assemble(maps, share)[0] == pytest.approx((whole + 4 * tile) / 5, abs=1e-3)
-    maps = np.stack([np.full((224, 224), value, np.float32) for value in (0.2, 0.6, 0.6, 0.6, 0.6)])
-    assert np.allclose(assemble(maps)[1], (0.2 + 4 * 0.6) / 5)
+    views, values = Views(640, 480, "squash", 2, True), torch.zeros(5, 1, 16, 16)
+    values[3], values[0, 0, 5, 5] = 1, 2
+    for share, whole in [(0, 2.0), (1, 2 / 256)]:  # the highest value, and the mean
+        assert views.join(Evidence(values, "distance"), share).score == pytest.approx((whole + 4 * 1) / 5, abs=0.02)
+    values = torch.tensor([0.2, 0.6, 0.6, 0.6, 0.6]).view(5, 1, 1, 1).expand(5, 1, 16, 16)
+    joined = views.join(Evidence(values, "distance"))
+    assert torch.allclose(joined.square_map, torch.tensor((0.2 + 4 * 0.6) / 5))
+    assert joined.prompt_map.shape == (1, 1, 224, 224)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("tiles", [2, 3])
+def test_no_seam_shows_where_tiles_meet(tiles, joint):
+    """A slope over the whole picture, seen in tiles, is a slope: the step across a border is as between other rows."""
+    views = Views(640, 480, "squash", tiles, joint)
+    side, step = views.side // 14, 16 if joint else 14
+    slope = torch.linspace(0, 1, side).expand(side, side)
+    parts = [slope[y : y + 16, x : x + 16] for y in range(0, side - 15, step) for x in range(0, side - 15, step)]
+    values = torch.stack([slope[:16, :16] * 0, *parts])[:, None]
+    square = views.join(Evidence(values, "distance")).square_map
+    steps = square[:, 14:-14].diff(dim=1)
+    assert steps.max() < 1.1 * steps.mean() and steps.min() > 0.9 * steps.mean()
 
 
 def test_one_tile_changes_nothing():
-    corner_map = np.random.default_rng(0).random((1, 224, 224), dtype=np.float32)
-    score, square = assemble(corner_map)
-    assert score == corner_map.max() and np.array_equal(square, align(corner_map[0]))
-    assert len(Placement(640, 480, "squash").views(part((640, 480)))) == 1
+    values = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    score, square, told = Views(640, 480, "squash").join(Evidence(values, "distance"))
+    assert score == enlarge(values).max() and torch.equal(square, align(enlarge(values)[0, 0]))
+    assert torch.equal(told, enlarge(values))
+    assert len(Views(640, 480, "squash").pixels(part((640, 480)))) == 1
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (1, 1), (0.7, 0.2)])
@@ -227,9 +240,9 @@ def test_masks_lie_where_the_model_sees_the_defect_with_tiles_too():
     mask = np.zeros((480, 640), bool)
     mask[40:100, 500:620] = True
     for tiles in (1, 2, 3):
-        placement = Placement(640, 480, "squash", tiles)
-        coverage = placement.to_map(mask)
-        assert coverage.shape == (placement.side,) * 2 and coverage.mean() == pytest.approx(mask.mean(), rel=0.01)
+        views = Views(640, 480, "squash", tiles)
+        coverage = views.to_map(mask)
+        assert coverage.shape == (views.side,) * 2 and coverage.mean() == pytest.approx(mask.mean(), rel=0.01)
         rows, columns = np.nonzero(coverage > 0.5)
-        assert columns.min() == pytest.approx(500 / 640 * placement.side, abs=1)
-        assert rows.max() + 1 == pytest.approx(100 / 480 * placement.side, abs=1)
+        assert columns.min() == pytest.approx(500 / 640 * views.side, abs=1)
+        assert rows.max() + 1 == pytest.approx(100 / 480 * views.side, abs=1)
