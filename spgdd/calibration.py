@@ -35,6 +35,7 @@ class Prior(NamedTuple):
 
 # By the largest score that there can be: distances of the memory alone, probabilities of the learned comparison.
 PRIORS = {2.0: Prior(0.18, 2.0, 0.14, 0.24), 1.0: Prior(0.84, 2.8, 0.08, 0.95)}
+UNMEASURED = 0.5  # their weight for eyes other than mini's: two pictures that happen to agree are still no proof
 
 
 class Limits(NamedTuple):
@@ -60,6 +61,7 @@ class Calibration:
     scores: tuple[float, ...] = ()  # image scores
     outlines: tuple[float, ...] = ()  # per map, the value that AREA of its pixels exceed
     largest: float = 2.0  # that a score can be: 1 for probabilities, 2 for distances
+    measured: bool = True  # whether PRIORS was measured with the eyes that these scores are of
 
     def __post_init__(self):
         """Raises ValueError for what no calibration can be: it may come from a file."""
@@ -70,6 +72,11 @@ class Calibration:
         if not all(0 <= value <= self.largest for value in (*self.scores, *self.outlines)):
             raise ValueError(f"a score that is not between 0 and {self.largest:g}")
 
+    @property
+    def guess(self) -> bool:
+        """Whether the pictures are too few to tell, and nothing else is known."""
+        return not self.measured and 0 < self.pictures < 4
+
     def limits(self, false_alarm_rate: float) -> Limits:
         """That share of normal pictures exceeds ``threshold``; unsure is within one standard error of it.
 
@@ -79,17 +86,20 @@ class Calibration:
             raise SpgddError(f"false_alarm_rate must lie between 0 and 0.5, received {false_alarm_rate}.")
         if self.method == "none":
             return ZERO_SHOT
-        bounds = upper_bound(self.scores, self.pictures, false_alarm_rate, self.largest)
-        outline = upper_bound(self.outlines, self.pictures, false_alarm_rate, self.largest)[0]
+        known = self.pictures, false_alarm_rate, self.largest, self.measured
+        bounds, (outline, _, _) = upper_bound(self.scores, *known), upper_bound(self.outlines, *known)
         return Limits(*bounds, min(outline, bounds[1]))
 
 
-def upper_bound(values: tuple[float, ...], pictures: int, rate: float, largest: float) -> tuple[float, float, float]:
+def upper_bound(
+    values: tuple[float, ...], pictures: int, rate: float, largest: float, measured: bool = True
+) -> tuple[float, float, float]:
     """What one more normal picture exceeds with probability ``rate``; one standard error below it, and above.
 
     ``values``, 0 to ``largest``, are of ``pictures`` different pictures, or of copies of a single one.
     """
     prior, values = PRIORS[largest], np.sort(np.asarray(values, dtype=np.float64))
+    prior = prior if measured else prior._replace(weight=UNMEASURED)
     floor = max(values.mean() / 10, 1e-6 * largest)  # a near-duplicate would stretch the spread
     odds = special.logit(np.clip(values, floor, (1 - 1e-6) * largest) / largest)
     middle, freedom = odds.mean(), pictures - 1 + prior.weight

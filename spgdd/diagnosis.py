@@ -215,6 +215,8 @@ class Diagnoser:
             notes.insert(0, f"made with stand-in weights (random values: {files}): says nothing about the part")
         if views.seen_share < 1:
             notes.append(f"{1 - views.seen_share:.0%} of it is outside the centre crop and was not seen")
+        if calibration.guess:
+            notes.append(f"its threshold is a guess, from {calibration.pictures} normal picture(s): give four or more")
         if normals and digest_of(pixels[0]) in normals.digests:
             notes.append("it is one of the normal pictures itself, so a low score says nothing")
         found = Diagnosis(

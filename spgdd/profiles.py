@@ -45,6 +45,7 @@ class Profile:
     score_share: float = 0.0  # an image's score is the mean of the highest share of its map; 0: the highest value
     tiles: int = 1  # pictures are seen whole and in tiles x tiles parts; 1: only whole
     joint: int = 1  # up to so many tiles a side are encoded together, as one large picture; more: each for itself
+    measured: bool = False  # the calibration's prior was measured with these eyes (benchmarks/calibration.py)
 
     def files(self) -> dict[str, str]:
         """The files that must be there before loading can start, each with the notebook that provides it."""
@@ -116,6 +117,7 @@ _ALL = (
         lora_rank=32,
         **FULL | {"scales": (1, 3)},  # the third one brought nothing there
         joint=2,
+        measured=True,
         prompt_channels=(4, 16, 32, 64, 128),
         fit="squash",
         precision="float32",

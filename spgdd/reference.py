@@ -137,6 +137,7 @@ def build_reference(
         scores=tuple(one.score for one in joined),
         outlines=tuple(float(np.quantile(one.square_map.cpu().numpy(), 1 - AREA)) for one in joined),
         largest=2.0 if model.comparison is None else 1.0,
+        measured=profile.measured,
     )
     return Reference(product, names, bank, calibration, frozenset(pictures), tiles, profile.name, model.fingerprint,
                      fingerprint(model))  # fmt: skip

@@ -67,6 +67,17 @@ def test_threshold_of_a_single_picture_allows_for_what_copies_do_not_show(larges
     assert 0.04 < np.mean(alarms) < 0.06
 
 
+@pytest.mark.parametrize("pictures", [2, 4, 8])
+def test_of_eyes_that_nothing_was_measured_with_the_normal_pictures_decide(pictures):
+    """Products that vary three times as much as the prior says: with its weight the rate would be exceeded."""
+    rng, alarms = np.random.default_rng(pictures), {True: [], False: []}
+    for _ in range(2000):
+        scores = draws(rng, pictures + 20, 3 * PRIORS[2.0].spread, 2.0)
+        for measured, found in alarms.items():
+            found.append(scores[pictures:] > upper_bound(tuple(scores[:pictures]), pictures, 0.05, 2.0, measured)[0])
+    assert 0.04 < np.mean(alarms[False]) < 0.068 < np.mean(alarms[True])
+
+
 def test_order_statistic_takes_over_with_enough_pictures():
     scores = tuple(np.random.default_rng(0).uniform(0.1, 0.5, size=59))
     assert upper_bound(scores, 59, 0.05, 2.0)[0] == pytest.approx(sorted(scores)[56])  # ceil(60 * 0.95) = 57th
@@ -85,6 +96,14 @@ def test_lower_rate_means_higher_threshold_and_evidence_narrows_the_unsure_band(
     for rate in (0, 0.5, -1, 1):
         with pytest.raises(SpgddError, match="false_alarm_rate"):
             Calibration("none").limits(rate)
+
+
+def test_a_threshold_of_eyes_unknown_is_a_guess_with_fewer_than_four_normals():
+    model, normals = FakeModel(measured=False), [part(seed=seed) for seed in range(4)]
+    for count in (1, 3, 4):
+        notes = Diagnoser(model).diagnose(part(seed=9), normals[:count], answer=False).notes
+        assert any("its threshold is a guess" in note for note in notes) == (count < 4)
+    assert not Diagnoser(FakeModel(measured=True)).diagnose(part(seed=9), normals[:1], answer=False).notes
 
 
 def test_limits_stay_possible_scores():
