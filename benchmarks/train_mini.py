@@ -23,9 +23,9 @@ from spgdd.diagnosis import says_defective
 from spgdd.loading import load_model
 from spgdd.profiles import get_profile
 from spgdd.training.data import TrainingData
-from spgdd.training.evaluation import answers
 from spgdd.training.loop import train
 from spgdd.training.settings import load_settings
+from spgdd.training.validation import answers
 
 
 @contextlib.contextmanager

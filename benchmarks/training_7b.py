@@ -3,6 +3,7 @@
     python benchmarks/training_7b.py matmul published ours     # one GPU with 80 GB; about four minutes
     python benchmarks/training_7b.py memory
     python benchmarks/training_7b.py ranks --gpus 1 2          # two GPUs
+    python benchmarks/training_7b.py --batch 32 --against ../before    # this code and another checkout's, in turns
     python benchmarks/training_7b.py --toy                     # all of it at toy size, on any machine
 
 matmul     the rate of a bf16 matrix product, with which the rest is compared
@@ -10,7 +11,7 @@ published  PandaGPT's recipe: micro-batch 1, accumulation 8, ZeRO-2 with the opt
            in its published layout and on the fly, eager attention, LoRA r = 32; without SPGDD-GPT's anomaly maps
 ours       ``spgdd.training`` on the same samples, with all parts of SPGDD-GPT; three epochs, the encoder run once
 memory     the peak of the GPU's memory over batch, length and options
-ranks      ``ours`` under DeepSpeed ZeRO-2 on these numbers of GPUs, at the same micro-batch
+ranks      ``ours`` on these numbers of GPUs at the same micro-batch, plain and under DeepSpeed ZeRO-2
 
 Each part has a process of its own and prints as it goes. FLOPs are 4 times the language model's parameters times
 tokens; padding does not count.
@@ -20,6 +21,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,9 +42,9 @@ from spgdd.language.conversation import IGNORE, IMAGE_END, PROMPT_START, encode_
 from spgdd.model import SPGDD
 from spgdd.profiles import get_profile, weights_folder
 from spgdd.training.data import TrainingData
-from spgdd.training.engine import start_processes
 from spgdd.training.loop import train
 from spgdd.training.settings import load_settings
+from spgdd.training.worker import join_processes
 
 EPOCHS = 3
 CONTEXT = 0.6  # GB of a GPU that CUDA itself takes
@@ -116,7 +118,8 @@ def load(model: SPGDD, options, count: int, length: int, rank: int = 0, ranks: i
 
 
 def learn(
-    model: SPGDD, data: TrainingData, options, length: int, batch: int, ranks: int = 1, micro: int = 0, **fields
+    model: SPGDD, data: TrainingData, options, length: int, batch: int, ranks: int = 1, micro: int = 0,
+    engine: str = "torch", **fields,
 ) -> float:
     """Samples a second of a training run at this micro-batch; the first third, that of the compiler, does not count."""
     torch._dynamo.reset()
@@ -124,7 +127,7 @@ def learn(
     settings = load_settings("recommended", max_tgt_len=length, batch=ranks * batch, micro_batch=micro or batch,
                              save_every=10**6, evaluate_every=0, **fields)  # fmt: skip
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        lines = train(model, data, settings, folder, engine="deepspeed" if "RANK" in os.environ else "torch")
+        lines = train(model, data, settings, folder, engine=engine)
     late = lines[len(lines) // 3 :]
     return sum(line["samples_per_second"] * line["seconds"] for line in late) / sum(line["seconds"] for line in late)
 
@@ -167,7 +170,7 @@ class PublishedRecipe(nn.Module):
 def published(options) -> float:
     import deepspeed
 
-    start_processes()
+    join_processes(options.device, deepspeed=True)
     records = itertools.cycle(json.loads(write_samples(options.folder, options.samples, options.length).read_text()))
     recipe = PublishedRecipe(build(options, "eager", torch.float16)).train()
     for name, parameter in recipe.named_parameters():
@@ -248,16 +251,17 @@ def memory(options) -> None:
 
 def ranks(options) -> float:
     """One of the processes that torchrun started."""
-    gpu, batch = start_processes(), options.batch[0]
-    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if options.device == "cuda":
-        torch.cuda.set_device(gpu)
+    processes, batch = join_processes(options.device), options.batch[0]
+    rank, count = processes.process_index, processes.num_processes
     model = build(options)
     data, _ = load(model, options, options.samples, options.length, rank, count)
-    rate = learn(model, data, options, options.length, batch, count, steps=4 if options.toy else 48)
-    if rank == 0:
-        print(f"ZeRO-2, {count} ranks, micro-batch {batch}: {rate:.2f} samples/s, {peak():.1f} GB")
-    return rate
+    rates = {}
+    for engine in ("torch", "deepspeed"):
+        steps = {"steps": 4 if options.toy else 48}
+        rates[engine] = learn(model, data, options, options.length, batch, count, engine=engine, **steps)
+        if rank == 0:
+            print(f"{engine}, {count} ranks, micro-batch {batch}: {rates[engine]:.2f} samples/s, {peak():.1f} GB")
+    return rates["torch"]
 
 
 def start(part: str, options, count: int = 0):
@@ -273,6 +277,20 @@ def start(part: str, options, count: int = 0):
     except subprocess.SubprocessError as error:
         print(f"{part}: {type(error).__name__}", flush=True)
     return json.loads(result.read_text())
+
+
+def against(options) -> None:
+    """``ours`` of another checkout and of this one, in turns, each with its own code and cache."""
+    rates = {}
+    for turn, root in itertools.product(range(2), (options.against.resolve(), Path(__file__).resolve().parents[1])):
+        command = [sys.executable, root / "benchmarks/training_7b.py", "ours", *options.passed]
+        environment = os.environ | {"PYTHONPATH": str(root), "TQDM_DISABLE": "1"}
+        said = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        for batch, rate, memory in re.findall(r"ours, batch (\d+): ([\d.]+) samples/s.* ([\d.]+) GB", said):
+            rates.setdefault(batch, {}).setdefault(root, []).append(float(rate))
+            print(f"turn {turn}, {root}: batch {batch}, {rate} samples/s, {memory} GB", flush=True)
+    for batch, (before, now) in ((batch, each.values()) for batch, each in rates.items()):
+        print(f"batch {batch}: {max(now) / max(before):.3f} of before")
 
 
 def main(options) -> None:
@@ -295,6 +313,7 @@ if __name__ == "__main__":
     parser.add_argument("--length", type=int, default=200, help="tokens of text of the longest conversation")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
+    parser.add_argument("--against", type=Path, help="root of another checkout: compare ours with its")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -304,6 +323,9 @@ if __name__ == "__main__":
         returned = globals()[options.parts[0]](options)
         if os.environ.get("RANK", "0") == "0":
             (options.folder / "result.json").write_text(json.dumps(returned))
+    elif options.against:
+        options.passed = [word for word in sys.argv[1:] if word not in ("--against", str(options.against))]
+        against(options)
     else:
         options.passed = [word for word in sys.argv[1:] if word not in options.parts]
         with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from training_7b import build, learn, load
 
-from spgdd.training import engine, loop
+from spgdd.training import loop
+from spgdd.training.worker import Worker
 
 BEFORE, DURING = 8, 4  # steps that are left out, and that are looked at
 PARTS = ["read", "forward", "backward", "optimiser"]
@@ -49,7 +50,7 @@ def main(options) -> None:
         *owner, name = path.split(".")
         owner = model.get_submodule(".".join(owner))
         setattr(owner, name, named(path, getattr(owner, name)))
-    read, step = loop.read, engine.Torch.step
+    read, step = loop.read, Worker.step
 
     def timed_read(*arguments):
         stream = read(*arguments)
@@ -66,7 +67,7 @@ def main(options) -> None:
         moments.append(time.perf_counter())
         return norm
 
-    loop.read, engine.Torch.step = timed_read, timed_step
+    loop.read, Worker.step = timed_read, timed_step
     data, _ = load(model, options, options.batch * 8, options.length)
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=kinds, schedule=schedule(wait=BEFORE - 1, warmup=1, active=DURING)) as profiler:

@@ -1,7 +1,7 @@
 """A network of a few thousand parameters with every part of the system, examples for it, and runs in other processes.
 
 python tests/tiny_training.py chain FOLDER '{"seed": 1, "kills": 20}'
-python tests/tiny_training.py ranks FOLDER '[{"name": "one", "epochs": 1}]'    one process of runs under DeepSpeed
+python tests/tiny_training.py ranks FOLDER '[{"name": "one", "epochs": 1}]'    one process of runs
 """
 
 import dataclasses
@@ -136,4 +136,5 @@ if __name__ == "__main__":
     else:
         for options in json.loads(text):
             name, resume = options.pop("name"), options.pop("resume", False)
-            train(tiny_model(), TinyData(), settings(**options), Path(folder) / name, engine="deepspeed", resume=resume)
+            engine = options.pop("engine", "torch")
+            train(tiny_model(), TinyData(), settings(**options), Path(folder) / name, engine=engine, resume=resume)

@@ -1,11 +1,13 @@
 """`spgdd train`: train a profile's delta, on one device or many.
 
 spgdd train --profile spgdd-7b --data_path data/TADD_text.json --image_root_path data/images --preset recommended
-deepspeed --module spgdd train --profile spgdd-7b --data_path data/TADD_text.json
+accelerate launch --multi_gpu -m spgdd train --profile spgdd-7b --data_path data/TADD_text.json
+
+The second form shares the work among all GPUs, as `torchrun --nproc-per-node gpu -m spgdd train` does; with --engine
+deepspeed, or started as `deepspeed --module spgdd train --engine deepspeed`, under DeepSpeed.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +16,17 @@ from typer import Option
 from spgdd.cli.common import DEVICE, PROFILE, ROOT, option
 from spgdd.errors import SpgddError
 from spgdd.profiles import Delta, get_profile, weights_folder
-from spgdd.training.settings import CHOICES, Settings, load_settings
+from spgdd.training.settings import OPTIONS, load_settings
 
 CHAT = "pandagpt4_visual_instruction_data.json"
 HERE = "notebook 05"  # of the deltas that training makes
 
 
 def setting(field: dataclasses.Field):
-    """The option of a field of ``Settings``; what is not given is the preset's."""
+    """The option of a field of ``TrainingSettings``; what is not given is the preset's."""
     kind, flag = field.type, f"--{field.name}"
-    if field.name in CHOICES:
-        kind = Literal[CHOICES[field.name]]
+    if "choices" in field.metadata:
+        kind = Literal[field.metadata["choices"]]
     elif kind is bool:
         flag = f"--{field.name}/--no-{field.name}"
     elif kind is tuple:
@@ -32,7 +34,7 @@ def setting(field: dataclasses.Field):
     return option(field.name, kind, Option(None, flag, help=field.metadata["help"]))
 
 
-SETTINGS = [setting(field) for field in dataclasses.fields(Settings) if field.metadata]
+SETTINGS = [setting(field) for field in OPTIONS.values()]
 
 
 def train(
@@ -56,7 +58,7 @@ def train(
                              "looks for a delta of yours, else runs/train/PROFILE)"),
     log_path: Path = Option(None, "--log_path", help="train.jsonl and TensorBoard (default: --save_path)"),
     resume: bool = Option(False, "--resume", help="go on from the last checkpoint, if there is one"),
-    engine: Literal["torch", "deepspeed"] = Option(None, help="default: deepspeed if a launcher started several"),
+    engine: Literal["torch", "deepspeed"] = Option(None, help="default: deepspeed if --deepspeed is given, else torch"),
     deepspeed: Path = Option(None, help="DeepSpeed's settings, a .json file (default: the preset's)"),
     device: str = DEVICE,
     **changed,
@@ -69,23 +71,19 @@ def train(
     last = profile.deltas[-1]
     default = (root / last.file).parent if last.notebook == HERE else Path("runs/train") / profile.name
     folder = save_path or default
-    engine = engine or ("deepspeed" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "torch")
+    engine = engine or ("deepspeed" if deepspeed else "torch")
 
     import torch
 
     from spgdd.loading import load_model
     from spgdd.training import loop
     from spgdd.training.data import TrainingData
-    from spgdd.training.engine import start_processes
+    from spgdd.training.worker import join_processes
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank = ranks = 0
-    if engine == "deepspeed":
-        own = start_processes()
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        if device == "cuda":
-            torch.cuda.set_device(own)
-            device = f"cuda:{own}"
+    processes = join_processes(device, engine == "deepspeed")
+    if processes.use_distributed and device == "cuda":
+        device = str(processes.device)
     torch.manual_seed(settings.seed)  # of the parts that begin at random
     deltas = tuple(Delta(str(path.absolute()), (), "--delta_ckpt_path") for path in delta_ckpt_path)
     files = {"imagebind_file": imagebind_ckpt_path, "language": vicuna_ckpt_path}
@@ -102,9 +100,9 @@ def train(
     if held_out_path:
         held_out = TrainingData(model, held_out_path, images(held_out_path), cache=cache, variants=0)
     for each in filter(None, (data, held_out)):
-        each.fill(rank, max(ranks, 1))
+        each.fill(processes.process_index, processes.num_processes)
     loop.train(model, data, settings, folder, held_out=held_out, engine=engine, resume=resume, log_folder=log_path)
-    if rank == 0:
+    if processes.is_main_process:
         print(f"{folder / 'delta.safetensors'}: trained.")
 
 

@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -136,7 +135,7 @@ class Vicuna(nn.Module):
         places, wanted = self._beside(torch.tensor(learned)).unbind(1)  # (n,), (n,)
         embeds = torch.cat([prefix, self._embeddings(ids)], dim=1)  # (B, S, H)
         half = embeds.dtype != torch.float32
-        with torch.autocast(embeds.device.type, embeds.dtype, half), disable_input_dtype_casting(self, half):
+        with torch.autocast(embeds.device.type, embeds.dtype, half):
             # What stands left of the padding does not see it, so that no mask but the causal one is needed.
             llama = self.llama_model.get_base_model()
             hidden = llama.model(inputs_embeds=embeds, use_cache=False).last_hidden_state

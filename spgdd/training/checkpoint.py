@@ -4,53 +4,39 @@
                               exp_avg.safetensors, exp_avg_sq.safetensors
                               position.json
 
-Nothing in it depends on the engine or the number of ranks. Randomness has no state: it follows from seed and step.
+Nothing in it depends on how many processes there were, or on DeepSpeed. Randomness has no state: it follows from seed
+and step.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from safetensors.torch import save as serialise
 
 from spgdd.errors import SpgddError
-from spgdd.tensors import read_tensors, write_json, write_safetensors
-from spgdd.training.engine import MOMENTS
+from spgdd.files import whole_file, write_json
+from spgdd.tensors import read_tensors
+from spgdd.training.worker import MOMENTS, State
 
 FILES = {"value": "delta.safetensors"} | {kind: f"{kind}.safetensors" for kind in MOMENTS}
-State = Mapping[str, Mapping[str, Tensor]]  # by kind and parameter
 
 
 def save(folder: Path, state: State, position: dict, metadata: dict[str, str], keep: int) -> Path:
     """Write checkpoint number ``position["step"]`` and remove all but the last ``keep``."""
-    folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob("*.part"):  # of a run that was killed
         shutil.rmtree(unfinished)
     final = folder / f"step-{position['step']:08}"
     if not final.exists():
         partial = final.with_suffix(".part")
-        partial.mkdir()
-        for kind, file in FILES.items():
-            specs = {name: (value.dtype, tuple(value.shape)) for name, value in state[kind].items()}
-            write_safetensors(partial / file, specs, state[kind].items(), metadata)
+        for kind, name in FILES.items():
+            with whole_file(partial / name) as file:
+                file.write(serialise(dict(state[kind]), metadata))
         write_json(partial / "position.json", position)
-        sync(partial)
-        os.replace(partial, final)
-        sync(folder)
+        partial.rename(final)
     for old in every(folder)[:-keep]:
         shutil.rmtree(old.rename(old.with_suffix(".part")))  # half removed it would look like one
     return final
-
-
-def sync(folder: Path) -> None:
-    """The names in a folder, on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def every(folder: Path) -> list[Path]:

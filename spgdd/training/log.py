@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from spgdd.errors import SpgddError
+from spgdd.files import write_text
 
 
 class TrainingError(SpgddError):
@@ -25,15 +27,12 @@ class Log:
     """``folder``/train.jsonl and whatever else can show it. ``done``: steps that the run has behind it."""
 
     def __init__(self, folder: Path, worker, total: int, batch: int, done: int):
-        self.worker, self.batch, self.path, self.waiting = worker, batch, folder / "train.jsonl", []
+        self.worker, self.batch, self.path, self.waiting, self.views = worker, batch, folder / "train.jsonl", [], []
         before = read(self.path) if worker.rank == 0 else []
         self.lines = worker.gather([line for line in before if line["step"] <= done])[0]  # later ones come again
-        self.shows = worker.rank == 0
-        if self.shows:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines), "utf-8")
-            self.board = tensorboard(folder, done)
-            self.view = (Curve if in_notebook() else Bar)(total, self.lines)
+        if worker.rank == 0:
+            write_text(self.path, "".join(map(as_text, self.lines)))
+            self.views = [(Curve if in_notebook() else Bar)(total, self.lines), *boards(folder, done)]
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -52,18 +51,18 @@ class Log:
             return
         steps, figures, keys, rates, norms, tokens = zip(*self.waiting, strict=True)
         own = [dict(zip(row, torch.stack(list(row.values())).tolist(), strict=True)) for row in figures]
-        columns = {}
-        for number, shares in enumerate(zip(*self.worker.gather(own), strict=True)):  # those of every rank
-            row = {name: sum(share.get(name, 0.0) for share in shares) for share in shares for name in share}
-            if not math.isfinite(row["loss"]):
+        rows = []  # of each step, summed over the ranks
+        for number, shares in enumerate(zip(*self.worker.gather(own), strict=True)):
+            rows.append({name: sum(share.get(name, 0.0) for share in shares) for share in shares for name in share})
+            if not math.isfinite(rows[-1]["loss"]):
                 self.stop(steps[number], keys[number], own[number], checkpoints)
-            for name, value in row.items():
-                columns.setdefault(name, []).append(value)
         seconds = time.perf_counter() - self.started
+        means = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
         line = {"step": steps[-1], "epoch": round(epoch, 4)}
-        line |= {name: round(sum(column) / len(column), 6) for name, column in columns.items()}
+        line |= {name: round(sum(values) / len(values), 6) for name, values in means.items()}
+        norm = float(norms[-1])  # in float16 gradients may overflow, and the step is left out; JSON knows no infinity
         line |= {
-            "learning_rate": rates[-1], "gradient_norm": figure(norms[-1]),
+            "learning_rate": rates[-1], "gradient_norm": round(norm, 6) if math.isfinite(norm) else None,
             "samples_per_second": round(len(steps) * self.batch / seconds, 3),
             "tokens_per_second": round(sum(tokens) / seconds, 1), "seconds": round(seconds, 3),
         }  # fmt: skip
@@ -85,26 +84,19 @@ class Log:
     def put(self, line: dict) -> None:
         """One line more."""
         self.lines.append(line)
-        if not self.shows:
-            return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if self.board:
-            for name, value in (line | line.get("held_out", {})).items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"held out/{name}" if "held_out" in line else name, value, line["step"])
-        self.view.show(line)
+        if self.worker.rank == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(as_text(line))
+        for view in self.views:
+            view.show(line)
 
     def close(self) -> None:
-        if self.shows:
-            self.view.close()
-            if self.board:
-                self.board.close()
+        for view in self.views:
+            view.close()
 
 
-def figure(value: Tensor) -> float | None:
-    """A number for JSON, which knows no infinity: gradients in float16 may overflow, and the step is left out."""
-    return round(float(value), 6) if math.isfinite(value) else None
+def as_text(line: dict) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def read(path: Path) -> list[dict]:
@@ -118,14 +110,6 @@ def read(path: Path) -> list[dict]:
     return lines
 
 
-def tensorboard(folder: Path, done: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # it comes with spgdd[train]
-        return None
-    return SummaryWriter(str(folder), purge_step=done + 1)
-
-
 def in_notebook() -> bool:
     try:
         from IPython import get_ipython
@@ -134,29 +118,40 @@ def in_notebook() -> bool:
     return type(get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
-def words(line: dict) -> list[str]:
-    """An evaluation for reading."""
-    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in line["held_out"].items())
-    told = [f"  {a['question']}\n    expected: {a['expected']}\n    answered: {a['answered']}" for a in line["answers"]]
-    return [f"step {line['step']}, held out: {figures}", *told]
+def boards(folder: Path, done: int) -> list:
+    """A TensorBoard, which comes with spgdd[train]."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return []
+
+    class Board(SummaryWriter):
+        def show(self, line: dict) -> None:
+            values = {f"held out/{name}": value for name, value in line.get("held_out", {}).items()} or line
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.add_scalar(name, value, line["step"])
+
+    return [Board(str(folder), purge_step=done + 1)]
 
 
 class Bar:
     """A progress bar; evaluations are printed above it."""
 
     def __init__(self, total: int, lines: list[dict]):
-        from tqdm import tqdm
-
         done = max((line["step"] for line in lines), default=0)
         self.bar = tqdm(total=total, initial=done, unit="step", smoothing=0.1)
 
     def show(self, line: dict) -> None:
         self.bar.update(line["step"] - self.bar.n)
-        if "held_out" in line:
-            self.bar.write("\n".join(words(line)))
-        else:
+        if "held_out" not in line:
             rate = f"{line['learning_rate']:.1e}"
             self.bar.set_postfix(loss=line["loss"], accuracy=line["token_accuracy"], rate=rate, refresh=False)
+            return
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in line["held_out"].items())
+        self.bar.write(f"step {line['step']}, held out: {figures}")
+        for said in line["answers"]:
+            self.bar.write("  {question}\n    expected: {expected}\n    answered: {answered}".format(**said))
 
     def close(self) -> None:
         self.bar.close()
@@ -168,21 +163,19 @@ class Curve:
     SECONDS = 2  # between pictures
 
     def __init__(self, total: int, lines: list[dict]):
-        self.total, self.lines, self.handle, self.drawn = total, list(lines), None, 0.0
+        self.total, self.lines, self.handle, self.drawn = total, lines, None, 0.0  # lines: those of the log, it grows
 
     def show(self, line: dict) -> None:
-        self.lines.append(line)
         if time.monotonic() - self.drawn > self.SECONDS:
-            self.draw()
+            self.close()
 
-    def draw(self) -> None:
+    def close(self) -> None:
         from IPython.display import Image, display
         from matplotlib.figure import Figure
 
-        steps = [line for line in self.lines if "loss" in line]
+        steps, held_out = ([line for line in self.lines if key in line] for key in ("loss", "held_out"))
         if not steps:
             return
-        held_out = [line for line in self.lines if "held_out" in line]
         figure = Figure(figsize=(8, 2.8), layout="constrained")
         for axes, name in zip(figure.subplots(1, 2), ("loss", "token_accuracy"), strict=True):
             axes.plot([line["step"] for line in steps], [line[name] for line in steps], label="training")
@@ -201,6 +194,3 @@ class Curve:
         else:
             self.handle = display(picture, display_id=True)
         self.drawn = time.monotonic()
-
-    def close(self) -> None:
-        self.draw()

@@ -10,11 +10,10 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,28 +25,30 @@ from torch.profiler import record_function
 
 from spgdd import __version__
 from spgdd.errors import DataError, SpgddError
+from spgdd.files import whole_file
 from spgdd.language.conversation import IGNORE, encode_turns
 from spgdd.model import SPGDD
 from spgdd.prefetch import prefetched
 from spgdd.training import checkpoint
-from spgdd.training.engine import ENGINES, micro_batch
-from spgdd.training.evaluation import evaluate
 from spgdd.training.log import Log
 from spgdd.training.objective import spgdd_loss
 from spgdd.training.prepare import base, prepared
-from spgdd.training.settings import FREE, Settings
+from spgdd.training.settings import TrainingSettings
+from spgdd.training.validation import validate
+from spgdd.training.worker import Worker
 
 
 def train(
-    model: SPGDD, data, settings: Settings, folder: str | Path, *, objective: Callable = spgdd_loss, held_out=None,
-    engine: str = "torch", resume: bool = False, log_folder: str | Path | None = None,
+    model: SPGDD, data, settings: TrainingSettings, folder: str | Path, *, objective: Callable = spgdd_loss,
+    held_out=None, engine: str = "torch", resume: bool = False, log_folder: str | Path | None = None,
 ) -> list[dict]:  # fmt: skip
     """Train LoRA, the projection and the parts that are SPGDD's own; returns the lines of the log.
 
     ``data`` and ``held_out`` are ``TrainingData`` or alike, ``objective`` is ``spgdd_loss`` or alike. Writes
     ``folder``/delta.safetensors at the end, checkpoints in ``folder``/checkpoints on the way, and the log in
     ``log_folder`` (default: ``folder``). ``resume`` goes on from the last checkpoint, or begins where there is none.
-    Ctrl-C and SIGTERM save first.
+    Ctrl-C and SIGTERM save first. ``engine`` is "torch" or "deepspeed"; several processes share the batches, each with
+    the model on its own device (see ``join_processes``).
 
     Raises SpgddError for a folder that holds a run and for settings that contradict it, TrainingError for a loss that
     is not a number, DataError for data that do not make a batch.
@@ -56,19 +57,19 @@ def train(
     there = checkpoint.every(checkpoints)
     if there and not resume:
         raise SpgddError(f"There is a run in {folder}. Go on with --resume (resume=True), or choose another folder.")
-    with prepared(model, settings, data, objective) as (module, parameters), stopping() as asked:
-        worker = ENGINES[engine](module, parameters, settings, base(model).dtype == torch.float16)
+    with prepared(model, settings, data.cache is not None) as parameters, stopping() as asked:
+        loss, half = lambda batch: objective(model, batch, settings.max_tgt_len), base(model).dtype == torch.float16
+        worker = Worker(loss, parameters, settings, half, engine == "deepspeed")
         length = len(data.order(0, settings.seed, settings.batch))
-        total, done = settings.steps or settings.epochs * length, 0
-        if there:
-            done = go_on(there[-1], worker, settings, data)
+        total = settings.steps or settings.epochs * length
+        done = resume_from(there[-1], worker, settings, data) if there else 0
         log = Log(Path(log_folder or folder), worker, total, settings.batch, done)
 
         def save() -> None:
             log.write(done / length, checkpoints)  # what is not a number is not saved
             state = worker.state()
             if worker.rank == 0:
-                position = {"step": done, "examples": len(data), "loss_scale": worker.scale.state}
+                position = {"step": done, "examples": len(data), "loss_scale": worker.scaler.state_dict()}
                 position["settings"] = dataclasses.asdict(settings)
                 about = {"profile": model.profile.name, "step": str(done), "spgdd": __version__}
                 checkpoint.save(checkpoints, state, position, about, settings.keep)
@@ -78,13 +79,14 @@ def train(
         try:
             for micros in read(data, model, settings, worker, length, done, total):
                 own = map(sum, zip(*(counts for _, counts in micros), strict=True))
-                *sums, stop = worker.sum([*own, len(asked)])
+                *sums, stop = map(sum, zip(*worker.gather([*own, len(asked)]), strict=True))
                 if stop:  # all ranks stop before the same step
                     if done:
                         save()
-                    stop_here(asked, done)
-                figures = learn(worker, micros, sums, settings, done)
-                rate = settings.learning_rate * pace(done, total, settings)
+                    print(f"Stopped after step {done}. --resume (resume=True) goes on from there.", file=sys.stderr)
+                    raise KeyboardInterrupt if signal.SIGINT in asked else SystemExit(128 + signal.SIGTERM)
+                figures = learn(worker, micros, sums, settings, done, model.device)
+                rate = learning_rate_at(done, total, settings)
                 with record_function("optimiser"):
                     norm = worker.step(rate)
                 done += 1
@@ -92,22 +94,26 @@ def train(
                 if done % settings.log_every == 0:
                     log.write(done / length, checkpoints)
                 if held_out and settings.evaluate_every and (done % settings.evaluate_every == 0 or done == total):
-                    log.put({"step": done, **evaluate(model, held_out, settings, objective)})
+                    log.put({"step": done, **validate(model, held_out, settings, objective)})
                     log.restart_clock()
                 if done % settings.save_every == 0 or done == total:
                     save()
         finally:
             log.close()
+            worker.close()
         if worker.rank == 0:
-            last = checkpoint.every(checkpoints)[-1] / checkpoint.FILES["value"]
-            Path(shutil.copy(last, folder / "delta.part")).replace(folder / last.name)
+            with whole_file(folder / checkpoint.FILES["value"]) as file:
+                file.write((checkpoint.every(checkpoints)[-1] / checkpoint.FILES["value"]).read_bytes())
         worker.gather(None)
     return log.lines
 
 
-def read(data, model: SPGDD, settings: Settings, worker, length: int, done: int, total: int) -> Iterator[list[tuple]]:
+def read(
+    data, model: SPGDD, settings: TrainingSettings, worker: Worker, length: int, done: int, total: int
+) -> Iterator[list[tuple]]:
     """This rank's micro-batches with their ``count``, a list for every step after ``done``; the next is being read."""
-    micro = micro_batch(settings, worker.ranks)
+    share = settings.batch // worker.ranks
+    micro = min(settings.micro_batch or share, share)
     for epoch in itertools.count(done // length):
         first, last = max(done - epoch * length, 0), min(total - epoch * length, length)
         if last <= 0:
@@ -130,30 +136,33 @@ def read(data, model: SPGDD, settings: Settings, worker, length: int, done: int,
                 yield waiting.result()
 
 
-def count(model: SPGDD, batch, settings: Settings) -> tuple[int, int, int]:
+def count(model: SPGDD, batch, settings: TrainingSettings) -> tuple[int, int, int]:
     """Answer tokens of a micro-batch, its images with masks, and all tokens of its conversations."""
     turns = [encode_turns(model.language.tokenizer, talk, settings.max_tgt_len, "") for talk in batch.conversations]
     answers = sum(target != IGNORE for _, targets in turns for target in targets)
     return answers, 0 if batch.masks is None else len(batch.keys), sum(len(ids) for ids, _ in turns)
 
 
-def learn(worker, micros: list[tuple], sums: list[float], settings: Settings, step: int) -> dict[str, Tensor]:
+def learn(
+    worker: Worker, micros: list[tuple], sums: list[float], settings: TrainingSettings, step: int, device: torch.device
+) -> dict[str, Tensor]:
     """Gradients of a step; returns this rank's shares of its figures. ``sums``: the ``count`` of the whole batch.
 
     A loss is a mean over the whole batch, of answer tokens or of images with masks, however ranks and accumulation cut
     it: each micro-batch's mean gets the weight of its part.
     """
     figures = {}
-    with worker.accumulate():
+    with worker.step_of_many():
         for number, (batch, own) in enumerate(micros):
             draw = np.random.SeedSequence((settings.seed, step, number, worker.rank)).generate_state(1, np.uint64)
             torch.manual_seed(int(draw[0]))
             tokens, images = (part / whole if whole else 0.0 for part, whole in zip(own[:2], sums[:2], strict=True))
-            with record_function("forward"):
-                found = worker.module(batch.to(worker.device))
-                loss = tokens * found.language + images * (found.total - found.language)
-            with record_function("backward"):
-                worker.backward(loss)
+            with worker.one_of_step(last=number == len(micros) - 1):
+                with record_function("forward"):
+                    found = worker.module(batch.to(device))
+                    loss = tokens * found.language + images * (found.total - found.language)
+                with record_function("backward"):
+                    worker.backward(loss)
             shares = {"loss": loss, "language": tokens * found.language}
             shares |= {"token_accuracy": tokens * found.token_accuracy}
             shares |= {name: images * value for name, value in found.parts.items()}
@@ -162,21 +171,22 @@ def learn(worker, micros: list[tuple], sums: list[float], settings: Settings, st
     return figures
 
 
-def pace(step: int, total: int, settings: Settings) -> float:
-    """Share of the learning rate in a step, the first is 0."""
+def learning_rate_at(step: int, total: int, settings: TrainingSettings) -> float:
+    """It rises over the warm-up, then falls as the schedule says; the first step is 0."""
     rising = round(settings.warmup * total)
     if step < rising:
-        return (step + 1) / rising
+        return settings.learning_rate * (step + 1) / rising
     behind = (step - rising) / (total - rising)
-    return {"cosine": (1 + math.cos(math.pi * behind)) / 2, "linear": 1 - behind, "constant": 1.0}[settings.schedule]
+    shares = {"cosine": (1 + math.cos(math.pi * behind)) / 2, "linear": 1 - behind, "constant": 1.0}
+    return settings.learning_rate * shares[settings.schedule]
 
 
-def go_on(path: Path, worker, settings: Settings, data) -> int:
+def resume_from(path: Path, worker: Worker, settings: TrainingSettings, data) -> int:
     """Put a checkpoint into the worker; returns its step. Raises SpgddError if it is one of another run."""
     state, position = checkpoint.load(path)
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    others = [f"{name} {was!r} there, {now.get(name)!r} here" for name, was in position["settings"].items()
-              if name not in FREE and now.get(name) != was]  # fmt: skip
+    now, was = json.loads(json.dumps(dataclasses.asdict(settings))), position["settings"]
+    fixed = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("changes")]
+    others = [f"{name} {was.get(name)!r} there, {now[name]!r} here" for name in fixed if was.get(name) != now[name]]
     if position["examples"] != len(data):
         others.append(f"{position['examples']} examples there, {len(data)} here")
     if state["value"].keys() != worker.parameters.keys():
@@ -184,7 +194,7 @@ def go_on(path: Path, worker, settings: Settings, data) -> int:
     if others:
         raise SpgddError(f"{path} belongs to another run: {'; '.join(others)}. Resume with what it began with.")
     worker.load(state, position["step"])
-    worker.scale.state = position["loss_scale"]
+    worker.scaler.load_state_dict(position["loss_scale"])
     return position["step"]
 
 
@@ -207,10 +217,3 @@ def stopping() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def stop_here(asked: Sequence[int], done: int) -> None:
-    print(f"Stopped after step {done}. --resume (resume=True) goes on from there.", file=sys.stderr)
-    if signal.SIGINT in asked:
-        raise KeyboardInterrupt
-    raise SystemExit(128 + signal.SIGTERM)

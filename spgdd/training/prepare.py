@@ -1,6 +1,6 @@
 """The model on its way into training and out of it: what learns, what is compiled, and what leaves the device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,29 +10,48 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from spgdd.language import Vicuna
 from spgdd.model import SPGDD
 from spgdd.profiles import LANGUAGE_PARTS, SPGDD_PARTS
-from spgdd.training.settings import Settings
-
-
-class Objective(nn.Module):
-    """What is minimised, as a module: what an engine may cut up or fetch, and not the frozen encoder."""
-
-    def __init__(self, model: SPGDD, loss: Callable, max_length: int):
-        super().__init__()
-        self.language = model.language
-        self.ours = nn.ParameterList(p for name, p in model.named_parameters() if name.startswith(SPGDD_PARTS))
-        self.compute = lambda batch: loss(model, batch, max_length)
-
-    def forward(self, batch):
-        found = self.compute(batch)
-        # No parameter is left out, whatever the batch lacks: AdamW would pass it over, and ranks would not agree.
-        return found._replace(total=found.total + 0.0 * sum(parameter.sum() for parameter in self.ours))
+from spgdd.training.settings import TrainingSettings
 
 
 def base(model: SPGDD) -> nn.Module:
     """The language model that LoRA was put into."""
     return model.language.llama_model.get_base_model()
+
+
+def learned(model: SPGDD) -> dict[str, nn.Parameter]:
+    """What is trained, by name: LoRA, the projection and the parts that are SPGDD's own; nothing else has gradients.
+
+    In the order in which each, laid end to end as DeepSpeed does, starts at a multiple of its own alignment: behind one
+    of a single value all would start at odd places, where kernels on a GPU stop with "misaligned address".
+    """
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        ours = name.startswith(tuple(f"{part}." for part in (*SPGDD_PARTS, *LANGUAGE_PARTS)))
+        parameter.requires_grad_(ours and ("lora_" in name or "llama_model." not in name))
+        if parameter.requires_grad:
+            parameters[name] = parameter
+    return dict(sorted(parameters.items(), key=lambda item: -(item[1].numel() & -item[1].numel())))
+
+
+@contextmanager
+def casting_inputs(language: Vicuna, on: bool) -> Iterator[None]:
+    """Whether peft takes the inputs of LoRA's layers to float32, the precision of their weights.
+
+    Not while training in half precision: there autocast takes the weights to the inputs. It must be the same in the
+    forward pass and wherever that is recomputed, else dropout draws another mask the second time.
+    """
+    layers = [layer for layer in language.modules() if isinstance(layer, LoraLayer)]
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = on
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = value
 
 
 @contextmanager
@@ -56,17 +75,12 @@ def padded(head: nn.Linear) -> Iterator[None]:
 
 
 @contextmanager
-def prepared(
-    model: SPGDD, settings: Settings, data, loss: Callable
-) -> Iterator[tuple[Objective, dict[str, nn.Parameter]]]:
-    """The model ready to be trained, with what is trained by name; left in evaluation mode, as it was."""
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        ours = name.startswith(tuple(f"{part}." for part in (*SPGDD_PARTS, *LANGUAGE_PARTS)))
-        parameter.requires_grad_(ours and ("lora_" in name or "llama_model." not in name))
-        if parameter.requires_grad:
-            parameters[name] = parameter
-    language, llama = model.language, base(model)
+def prepared(model: SPGDD, settings: TrainingSettings, encoded: bool) -> Iterator[dict[str, nn.Parameter]]:
+    """The model ready to be trained, with what is ``learned``; left in evaluation mode, as it was.
+
+    ``encoded``: pictures have been through the vision tower, so that it may leave the device meanwhile.
+    """
+    language, llama, device = model.language, base(model), model.device
     for layer in language.modules():
         if isinstance(layer, LoraLayer):
             layer.lora_dropout["default"] = nn.Dropout(settings.lora_dropout)
@@ -79,22 +93,21 @@ def prepared(
     if settings.compile:
         for layer in (*llama.model.layers, *texts):
             layer.compile()
-    tower, device = model.imagebind.modality_trunks["vision"], model.device
     precision = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for maps and prompt learner
-    if data.cache is not None:
+    if encoded:
         _ = model.fingerprint  # reads the tower
-        tower.to("cpu")
+        model.imagebind.modality_trunks["vision"].to("cpu")
     model.train()
     model.imagebind.eval()
     try:
-        with padded(llama.lm_head):
-            yield Objective(model, loss, settings.max_tgt_len), parameters
+        with padded(llama.lm_head), casting_inputs(language, llama.dtype == torch.float32):
+            yield learned(model)
     finally:
         model.eval()
         model.zero_grad()
-        tower.to(device)
+        model.imagebind.modality_trunks["vision"].to(device)
         torch.set_float32_matmul_precision(precision)
         for layer in llama.model.layers:
             layer.gradient_checkpointing = False

@@ -6,14 +6,15 @@ import torch
 
 from spgdd.language import Answer
 from spgdd.model import SPGDD
-from spgdd.training.settings import Settings
+from spgdd.training.prepare import casting_inputs
+from spgdd.training.settings import TrainingSettings
 
 LONGEST = 96  # tokens of an answer
 AT_ONCE = 16  # samples
 
 
 @torch.no_grad()
-def evaluate(model: SPGDD, data, settings: Settings, objective: Callable) -> dict:
+def validate(model: SPGDD, data, settings: TrainingSettings, objective: Callable) -> dict:
     """Means over ``settings.evaluate_on`` samples spread over ``data`` ("held_out"), and some questions and "answers".
 
     "verdicts" is the share of answers that begin with the right one of Yes and No, where the expected answer does.
@@ -30,7 +31,9 @@ def evaluate(model: SPGDD, data, settings: Settings, objective: Callable) -> dic
             for name, value in zip(sums, (loss.total, loss.token_accuracy), strict=True):
                 sums[name] += float(value) * len(batch.keys) / count
             questions, expected = ([talk[i]["value"] for talk in batch.conversations] for i in (0, 1))
-            for question, wanted, answer in zip(questions, expected, answers(model, batch, questions), strict=True):
+            with casting_inputs(model.language, True):
+                said = answers(model, batch, questions)
+            for question, wanted, answer in zip(questions, expected, said, strict=True):
                 told.append({"question": question, "expected": wanted, "answered": answer.text})
                 if (verdict := wanted[:3].strip(" ,.")) in ("Yes", "No"):
                     right.append(answer.text.startswith(verdict))
