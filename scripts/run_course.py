@@ -8,6 +8,7 @@ Executed copies and HTML pages go to runs/course/. Exit status 1 when a notebook
 """
 
 import argparse
+import atexit
 import re
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +62,12 @@ def run(path: Path, profile: str = "mini", timeout: float = CELL_TIMEOUT) -> Run
         failure = describe_failure(started["cell"], str(error.traceback))
     except CellTimeoutError:
         failure = describe_failure(started["cell"], f"still running after {timeout:g} s, stopped")
-    except DeadKernelError:
+    except RuntimeError:  # nbclient's DeadKernelError is one; before the first cell it raises a plain one
         failure = describe_failure(started["cell"], "the kernel died (out of memory, or a native crash)")
+    except AssertionError:  # on Ctrl-C nbclient ends the kernel, and then asserts that there is one
+        raise KeyboardInterrupt from None
+    finally:
+        atexit.unregister(client._cleanup_kernel)  # left behind by a kernel that never started
     return Run(notebook, time.perf_counter() - begin, failure)
 
 
@@ -180,4 +185,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")

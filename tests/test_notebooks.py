@@ -1,6 +1,10 @@
 """Every notebook keeps the course's form and runs in a fresh kernel; checker and runner do their job."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import pytest
@@ -266,6 +270,26 @@ def test_runner_stops_and_says_why(tmp_path, source, timeout, expected):
     result = run_course.run(notebook_of(tmp_path, "01_bad.ipynb", source), timeout=timeout)
     assert expected in result.failure and source in result.failure
     assert result.seconds < 50
+
+
+def test_kernel_that_dies_at_its_start_ends_that_notebook_alone(tmp_path, monkeypatch):
+    startup = tmp_path / "ipython/profile_default/startup/00.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("import os; os._exit(1)")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    result = run_course.run(notebook_of(tmp_path, "01_fine.ipynb", "before + 1"))
+    assert result.failure.startswith("the kernel died")
+
+
+def test_ctrl_c_stops_the_course(tmp_path):
+    notebook_of(tmp_path, "01_long.ipynb", "import time; time.sleep(60)")
+    command = [sys.executable, run_course.__file__, str(tmp_path / "01_long.ipynb"), str(tmp_path / "01_long.ipynb")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as course:
+        assert course.stdout.read(7) == "01_long"
+        time.sleep(5)
+        course.send_signal(signal.SIGINT)
+        out, said = course.communicate(timeout=50)
+    assert course.returncode == 1 and said.rstrip().endswith("\nStopped.") and "FAILED" not in out
 
 
 def test_write_refuses_outputs_of_another_profile(monkeypatch, capsys):

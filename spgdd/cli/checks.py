@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from spgdd.agreement import says_defective
 from spgdd.data.words import default_question
-from spgdd.diagnosis import Diagnoser, says_defective
+from spgdd.diagnosis import Diagnoser
 from spgdd.errors import WeightsError
-from spgdd.imagebind import preprocess
 from spgdd.language.conversation import ASSISTANT
 from spgdd.loading import load_deltas, load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import Profile, get_profile, weights_folder
+from spgdd.views import Views
 
 PLATE = "metal plate"
 
@@ -100,8 +101,8 @@ def pandagpt_talks(model: SPGDD) -> tuple[bool, str, str, str]:
         picture = Image.new("RGB", (224, 224), "white")
         ImageDraw.Draw(picture).ellipse((42, 42, 182, 182), fill="red")
         question, word = "What colour is the shape in the image?", "red"
-    embedding = model.encode(preprocess([picture])).embedding
-    answer = model.language.generate(embedding, question, max_new_tokens=24).text.strip()
+    (seen,) = model.look([Views.of(picture, model.profile, tiles=1).pixels(picture)])
+    answer = model.language.generate(seen.embedding, question, max_new_tokens=24).text.strip()
     return word in answer.lower(), f"Expected: {word}.", question, answer
 
 
