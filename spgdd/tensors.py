@@ -26,6 +26,18 @@ AGAIN = "Fetch it again with `spgdd weights download PROFILE`, or as notebook 01
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
+@contextmanager
+def late_progress():
+    """Within it, transformers shows the progress of loading only where that takes more than three seconds."""
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda bar, given, options: bar(*given, **options | {"delay": 3}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors, .pt, .pth or .bin file, mapped into memory and read when they are used.
 

@@ -316,6 +316,11 @@ def test_tokenizer_model_is_the_only_tokenizer_file_needed(tmp_path):
     assert Vicuna.load(folder, joint=JOINT, lora=LORA).tokenizer.eos == 2
 
 
+def test_loading_something_small_shows_no_progress_bar(capfd):
+    Vicuna.load(PANDA / "llama", joint=JOINT, lora=LORA)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.model", "model.safetensors"])
 def test_missing_file(tmp_path, missing):
     folder = shutil.copytree(PANDA / "llama", tmp_path / "llama")

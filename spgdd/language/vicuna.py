@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.language.conversation import ASSISTANT, IGNORE, IMAGE_END, PROMPT_START, Answer, encode_turns, fold_history
 from spgdd.language.tokenizer import LlamaTokenizer
-from spgdd.tensors import to_device
+from spgdd.tensors import late_progress, to_device
 from spgdd.weights.llama import require_v0
 
 DOWNLOAD = "Get it with `spgdd weights download PROFILE` or notebook 01."
@@ -86,9 +86,10 @@ class Vicuna(nn.Module):
                 raise WeightsError(f"No base model in {folder}: {name} is missing. {DOWNLOAD}")
         try:
             require_v0(folder)
-            llama, report = LlamaForCausalLM.from_pretrained(
-                folder, dtype=dtype, device_map=device_map, quantization_config=quantization,
-                attn_implementation="sdpa", local_files_only=True, output_loading_info=True)
+            with late_progress():
+                llama, report = LlamaForCausalLM.from_pretrained(
+                    folder, dtype=dtype, device_map=device_map, quantization_config=quantization,
+                    attn_implementation="sdpa", local_files_only=True, output_loading_info=True)
         except torch.OutOfMemoryError as error:
             raise SpgddError(f"The base model in {folder} does not fit the device in {dtype}. Load it with "
                              "quantize='8bit' or '4bit', or free the device's memory.") from error
