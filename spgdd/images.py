@@ -13,6 +13,7 @@ from spgdd.errors import ImageError
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jfif .bmp .gif .tif .tiff .webp .avif .jp2 .ppm .pgm .pbm .heic .heif".split()
 )
+ORIENTATION = 0x0112  # number of the EXIF entry
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
@@ -47,6 +48,23 @@ def read_image(source) -> Image.Image:
     except Exception as error:  # damaged or hostile data makes decoders raise nearly anything
         reason = " ".join(str(error).split())
         raise ImageError(f"{name}: damaged or incomplete ({reason}). Copy or export it again.") from error
+
+
+def read_header(path: str | Path) -> tuple[int, int, int]:
+    """Width and height of a picture as it is stored, and its EXIF orientation, 1 to 8; no pixel is decoded.
+
+    Of an orientation above 4, people see height and width exchanged. Raises ImageError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                # Pillow decodes all of a PNG to look for what may stand at its end.
+                none = image.format == "PNG" and b"eXIf" not in Path(path).read_bytes()
+                orientation = 1 if none else image.getexif().get(ORIENTATION, 1)
+                return *image.size, orientation if orientation in range(1, 9) else 1
+    except Exception as error:  # as in read_image
+        raise ImageError(f"{path}: not a picture that can be opened ({' '.join(str(error).split())}).") from error
 
 
 def image_name(source) -> str:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from spgdd import cli
 from spgdd.data.describe import contrast_of, describe, measure, sample_of, shape_of
-from spgdd.data.index import index_folder, read_mask
+from spgdd.data.index import index_folder
+from spgdd.data.masks import read_mask
 from spgdd.data.records import read_records
 from spgdd.data.words import conversation
 from spgdd.errors import DataError

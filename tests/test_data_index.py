@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from spgdd.data.download import DATASETS, about, download
-from spgdd.data.index import index_folder, read_mask
+from spgdd.data.index import index_folder
+from spgdd.data.masks import read_mask
 from spgdd.errors import DataError, WeightsError
 
 SPLIT_HEADER = "object,split,label,image,mask"
@@ -128,9 +129,25 @@ def test_visa_other_split_no_tables_and_missing_files(tmp_path):
 
 def test_visa_split_with_other_columns_is_refused(tmp_path):
     root = visa(tmp_path / "VisA")
-    (root / "split_csv" / "1cls.csv").write_text("object,set,label,image,mask\n")
+    wrong = root / "split_csv" / "1cls.csv"
+    wrong.write_text("object,set,label,image,mask\n")
     with pytest.raises(DataError, match="object,split,label,image,mask"):
-        index_folder(root)
+        index_folder(root, wrong)
+    index = index_folder(root)  # nobody asked for this one: the rest goes on
+    assert [(problem.kind, problem.path) for problem in index.problems] == [("broken", "split_csv/1cls.csv")]
+    assert len(index.rows) == 5 and {row.split for row in index.rows} == {""}
+
+
+CUT_OFF = b"image,label,mask\ncandle/Data/Images/Normal/0000.JPG"
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"\x00" * 40, CUT_OFF])
+def test_a_damaged_visa_table_is_named_and_the_rest_goes_on(tmp_path, damage):
+    root = visa(tmp_path / "VisA")
+    (root / "candle" / "image_anno.csv").write_bytes(damage)
+    index = index_folder(root)
+    assert [(problem.kind, problem.path) for problem in index.problems] == [("broken", "candle/image_anno.csv")]
+    assert {row.defect_type for row in index.rows} == {"good", "anomaly"}
 
 
 def test_published_visa_split_files(real_data):
@@ -226,7 +243,11 @@ def test_damage_is_reported(tmp_path):
         ("missing", "scratch/000.png"),
         ("unused", "broken_large/009_mask.png"),
     ]
-    assert {problem.kind for problem in index_folder(root, check=False).problems} == {"missing", "unused"}
+    assert {row.image.split("/", 2)[2]: bool(row.mask) for row in index.rows if row.split == "test"} == {
+        "broken_large/000.png": True, "broken_large/001.png": False, "broken_large/002.png": False,
+        "scratch/000.png": False,
+    }  # fmt: skip
+    assert {problem.kind for problem in index_folder(root, check=False).problems} == {"missing", "unused", "duplicate"}
 
 
 def test_save(tmp_path):

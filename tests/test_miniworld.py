@@ -31,7 +31,8 @@ from miniworld.samples import ATTEMPTS
 from miniworld.world import CLEAR_RANDOM, CLEAR_REGULAR, clarity, pose
 from spgdd.data.describe import contrast_of
 from spgdd.data.grammar import SEVERITIES
-from spgdd.data.index import index_folder, read_mask
+from spgdd.data.index import index_folder
+from spgdd.data.masks import read_mask
 from spgdd.data.records import read_records
 from spgdd.data.words import names_of
 from spgdd.errors import DataError

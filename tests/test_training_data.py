@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, check
 from spgdd.data.describe import describe
-from spgdd.data.index import Index, index_folder, read_mask
+from spgdd.data.index import Index, index_folder
+from spgdd.data.masks import read_mask
 from spgdd.errors import DataError, ImageError
 from spgdd.files import write_json
 from spgdd.imagebind.preprocess import preprocess
@@ -379,10 +380,10 @@ def test_a_mask_of_another_size_is_named(model, folder, tmp_path):
     text = copied(folder, tmp_path)
     mask = next((tmp_path / "nut" / "ground_truth").rglob("*.png"))
     Image.open(mask).resize((100, 90)).save(mask)
-    with pytest.raises(DataError, match=f"{mask.name} has 100 x 90 pixels, its image .*000.jpg 224 x 224. Replace it"):
+    with pytest.raises(DataError, match=f"{mask.name}: 100 x 90 pixels, its image has 224 x 224. Replace it"):
         next(TrainingData(model, text, tmp_path).batches([range(5)], 0))
     mask.write_bytes(b"no picture")
-    with pytest.raises(DataError, match=f"{mask.name} cannot be read"):
+    with pytest.raises(DataError, match=f"{mask.name}: damaged"):
         TrainingData(model, text, tmp_path, cache=tmp_path / "cache").fill()
 
 

@@ -11,12 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 from spgdd.data.grammar import spoken_name
-from spgdd.data.index import Index, Row, read_mask
+from spgdd.data.index import Index, Row
+from spgdd.data.masks import read_mask
 from spgdd.data.words import TOPICS, conversation
+from spgdd.images import read_image
 from spgdd.places import place_of
 
 GAP = 0.02  # pieces of a mask that are nearer than this share of the longer side are one defect
@@ -26,16 +27,15 @@ SPECK = 0.01  # pieces below this share of the mask are not counted as defects o
 def describe(index: Index, seed: int = 0) -> list[dict]:
     """One record an image, good ones too, in the order of the index; the same seed gives the same text.
 
-    Images that the index found broken, and defective images without a mask, are left out.
+    Defective images without a mask are left out.
     """
-    broken = {problem.path for problem in index.problems if problem.kind == "broken"}
     kinds = defaultdict(set)
     for row in index.rows:
         if row.defect_type != "good":
             kinds[row.subset, row.product].add(_kind(row))
     records = []
     for row in index.rows:
-        if row.image in broken or row.mask in broken or row.defect_type != "good" and not row.mask:
+        if row.defect_type != "good" and not row.mask:
             continue
         rng = random.Random(f"{seed} {row.image}")
         other = rng.choice(sorted(TOPICS))
@@ -53,9 +53,8 @@ def sample_of(row: Row, folder: Path) -> dict:
     sample = {"product": spoken_name(row.product), "family": "", "size": (row.width, row.height), "defects": []}
     if row.defect_type == "good":
         return sample
-    mask = read_mask(folder / row.mask)  # (H, W)
-    with Image.open(folder / row.image) as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)  # (H, W, 3), 0..255
+    mask = read_mask(folder / row.mask, folder / row.image)  # (H, W)
+    pixels = np.asarray(read_image(folder / row.image), dtype=np.float32)  # (H, W, 3), 0..255
     sample["defects"] = measure(mask, pixels, _kind(row))
     y, x = np.nonzero(mask)
     sample["middle"] = place_of((x.mean() + 0.5) / mask.shape[1], (y.mean() + 0.5) / mask.shape[0])

@@ -1,82 +1,43 @@
-"""One table for every data set of TADD, read from the folders that each is published in.
+"""One table for every data set, read from the folders that each is published in.
 
-``index_folder("data/TADD")`` walks the folder once; a layout is recognised by the path of an image alone, so
-data sets may lie side by side. The table has one row an image; what is missing, broken or duplicated is
-listed beside it.
+``index_folder("data/TADD")`` walks the folder once; what lies in it is recognised by ``layouts.yaml``, so data sets may
+lie side by side. The table has one row a picture that can be used; what is missing, damaged, ambiguous, double or not
+understood is listed beside it.
 """
 
 import csv
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-from PIL import Image
-
-from spgdd.errors import DataError
+from spgdd.data.layouts import KNOWN, SPLITS, Found, is_mask, is_picture, recognise
+from spgdd.data.masks import AmbiguousMask, mask_files, read_mask
+from spgdd.errors import DataError, ImageError
+from spgdd.files import write_json, write_text
+from spgdd.images import read_header, read_image
 
 MVTEC_PRODUCTS = set(
     "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw "
     "tile toothbrush transistor wood zipper".split()
 )
-GOOD = {"good", "ok", "normal", "free", "nodefect"}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a data set is published: ``image`` is a pattern of paths, ``masks`` are templates of its groups."""
-
-    subset: str  # "" means the name of the folder
-    image: str
-    masks: tuple[str, ...]
-    product: str = ""  # where the path does not name it
-    kind: str = ""  # defect type where the path does not name it; good where the mask is empty
-
-
-AITEX_CODES = {  # as the AITEX paper names them; the data set itself has the numbers alone
-    "002": "broken_end", "006": "broken_yarn", "010": "broken_pick", "016": "weft_curling",
-    "019": "fuzzyball", "022": "cut_selvage", "023": "crease", "025": "warp_ball", "029": "contamination",
-    "030": "nep", "036": "weft_crack",
-}  # fmt: skip
-CRACKS = "noncrack|Eugen_Muller|Volker|Rissbilder_for_Florian|CFD|CRACK500|DeepCrack|cracktree200|GAPS384"
-CRACKS += "|forest|Sylvie"
-LAYOUTS = (
-    Layout("VisA", r"(?P<product>[^/]+)/Data/Images/(?P<type>Normal|Anomaly)/(?P<stem>[^/]+)",
-           ("{product}/Data/Masks/Anomaly/{stem}.png",)),
-    Layout("MT", r"MT_(?P<type>Blowhole|Break|Crack|Fray|Uneven|Free)/Imgs/(?P<stem>[^/]+)",
-           ("MT_{type}/Imgs/{stem}.png",), "magnetic tile"),
-    Layout("AITEX", r"Defect_images/(?P<stem>\d{4}_(?P<type>\d{3})_\d+)",
-           ("Mask_images/{stem}_mask.png", "Mask_images/{stem}_mask1.png"), "woven fabric"),
-    Layout("AITEX", r"(?P<type>NODefect)_images/(?:[^/]+/)?(?P<stem>[^/]+)", (), "woven fabric"),
-    Layout("DeepCrack", r"(?P<split>train|test)_img/(?P<stem>[^/]+)", ("{split}_lab/{stem}.png",),
-           "road surface", "crack"),
-    Layout("CFD", r"image/(?P<stem>\d{3})", ("groundTruth/{stem}.mat",), "road surface", "crack"),
-    Layout("CFD", r"CrackForest/Images/(?P<stem>\d{3})", ("CrackForest/Masks/{stem}_label.PNG",),
-           "road surface", "crack"),
-    Layout("", rf"(?P<split>train|test)/images/(?P<subset>{CRACKS})_(?P<stem>[^/]+)",
-           ("{split}/masks/{subset}_{stem}.jpg",), "road surface", "crack"),
-    Layout("KolektorSDD", r"(?P<group>kos\d+)/(?P<stem>Part\d+)", ("{group}/{stem}_label.bmp",),
-           "commutator", "defect"),
-    Layout("KolektorSDD2", r"(?P<split>train|test)/(?P<stem>\d+(?: \(copy\))?)", ("{split}/{stem}_GT.png",),
-           "surface", "defect"),
-    Layout("NEU-Seg", r"images/(?P<split>training|test)/(?P<stem>[^/]+)", ("annotations/{split}/{stem}.png",),
-           "steel strip", "defect"),
-    Layout("", r"(?P<product>[^/]+/)?(?P<split>train|test)/(?P<type>(?!masks/)[^/]+)/(?P<stem>[^/]+)",
-           ("{product}ground_truth/{type}/{stem}_mask.png", "{product}ground_truth/{type}/{stem}.png")),
-)  # fmt: skip
-ENDING = r"\.(?:png|jpe?g|bmp|tiff?)"
-PATTERNS = [(re.compile(rf"(?P<root>(?:.*?/)??){known.image}{ENDING}", re.I), known) for known in LAYOUTS]
+JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}  # what systems leave, and names with a dot
+LARGE = 0.5  # share of a picture above which a mask is doubtful
+SHOWN = 5  # problems of a kind that a summary lists
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image; paths are relative to the indexed folder, ``mask`` is "" for a good part."""
+    """One picture; paths are relative to the indexed folder, ``mask`` is "" where nothing is marked.
+
+    ``mask`` may be a folder of masks, see ``spgdd.data.masks``. Width and height are those that people see.
+    """
 
     subset: str
     product: str
@@ -90,9 +51,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
-    kind: str  # missing, broken, duplicate, unused
+    kind: str  # missing, broken, ambiguous, doubtful, duplicate, unused, skipped
     path: str
     detail: str
+    count: int = 1  # of files
 
 
 @dataclass(frozen=True)
@@ -101,159 +63,254 @@ class Index:
     rows: list[Row]
     problems: list[Problem]
 
+    def mask_of(self, row: Row):
+        """Bool (H, W) of a row with a mask, see ``read_mask``."""
+        return read_mask(self.folder / row.mask, self.folder / row.image)
+
+    def checked(self, rows: Iterable[Row] | None = None) -> "Index":
+        """An index of these rows, by default all, whose pictures and masks could be decoded; the others are problems.
+
+        A defective picture whose mask cannot be used stays, without it.
+        """
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(self._check, self.rows if rows is None else rows))
+        kept = [row for row, _ in results if row]
+        return Index(self.folder, kept, self.problems + [problem for _, problem in results if problem])
+
+    def _check(self, row: Row) -> tuple[Row | None, Problem | None]:
+        try:
+            read_image(self.folder / row.image)
+        except ImageError as error:
+            return None, _problem(error, row.image, self.folder)
+        if not row.mask:
+            return row, None
+        try:
+            share = self.mask_of(row).mean()
+        except DataError as error:
+            return replace(row, mask=""), _problem(error, row.mask, self.folder)
+        if not share:
+            return replace(row, mask=""), Problem("broken", row.mask, "the mask of a defect is empty")
+        if share > LARGE:
+            return row, Problem("doubtful", row.mask, f"marks {share:.0%} of the picture")
+        return row, None
+
+    def summary(self) -> list[str]:
+        """Lines that say how many pictures and masks there are, and what is wrong with others."""
+        bad = [row for row in self.rows if row.defect_type != "good"]
+        masked = sum(bool(row.mask) for row in bad)
+        products = len({(row.subset, row.product) for row in self.rows})
+        counts = Counter()
+        for problem in self.problems:
+            counts[problem.kind] += problem.count
+        lines = [
+            f"{self.folder}: {len(self.rows)} pictures of {products} products, {len(bad)} of them defective; "
+            f"{masked} masks, {len(bad) - masked} defective pictures without one; {counts['skipped']} pictures skipped"
+        ]
+        for kind in counts:
+            those = [problem for problem in self.problems if problem.kind == kind]
+            lines += [f"{kind}: {problem.path} ({problem.detail})" for problem in those[:SHOWN]]
+            if len(those) > SHOWN:
+                lines.append(f"{kind}: and {len(those) - SHOWN} more; `spgdd tadd index` lists all")
+        return lines
+
     def save(self, path: str | Path) -> None:
         """Write the table as .csv, or the table and the problems as .json."""
-        path, rows = Path(path), [dataclasses.asdict(row) for row in self.rows]
-        if path.suffix == ".json":
-            table = {"rows": rows, "problems": [dataclasses.asdict(problem) for problem in self.problems]}
-            path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        if Path(path).suffix.lower() == ".json":
+            problems = [dataclasses.asdict(problem) for problem in self.problems]
+            write_json(path, {"rows": rows, "problems": problems}, indent=1)
             return
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(path, text.getvalue())
 
 
 def index_folder(folder: str | Path, split_csv: str | Path | None = None, check: bool = True) -> Index:
     """Index every data set below ``folder``.
 
     ``split_csv`` is one of VisA's split files; by default ``split_csv/1cls.csv`` beside VisA's products.
-    Without one, VisA's split is "". ``check`` decodes every image and mask and hashes the images; without it,
-    only sizes are read. Raises DataError if the folder holds nothing that is known.
+    Without one, VisA's split is "". ``check`` decodes every picture and mask; without it, only what is needed to tell
+    good from defective. Raises DataError if the folder holds nothing that is known, and for a wrong ``split_csv``.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder. Give the one that holds the data, such as data/TADD.")
-    files = {path.relative_to(folder).as_posix() for path in _walk(folder)}
-    rows, problems, masks = [], [], set()
-    for name in sorted(files):
-        if found := _recognise(name, files, folder):
-            rows.append(found)
-            masks.add(found.mask)
-            if not found.mask and found.defect_type != "good":
-                problems.append(Problem("missing", name, f"no mask for this {found.defect_type} image"))
-    if not rows:
-        raise DataError(
-            f"No known layout in {folder} ({len(files)} files). MVTec's is PRODUCT/train/good, "
-            "PRODUCT/test/TYPE and PRODUCT/ground_truth/TYPE; `spgdd tadd download -h` lists what else is."
-        )
-    rows = _visa_tables(rows, files, folder, split_csv, problems)
-    unused = (name for name in sorted(files - masks) if re.search("(^|/)(ground_truth|Masks)/.*/", name))
-    problems += [Problem("unused", name, "mask of no image") for name in unused]
+    files, problems = _walk(folder)
+    found = recognise(files)
     with ThreadPoolExecutor() as pool:
-        checked = list(pool.map(lambda row: _read(folder, row, check), rows))
-    by_hash: dict[str, str] = {}
-    for row, digest, error in checked:
-        if error:
-            problems.append(error)
-        elif digest and digest in by_hash:
-            problems.append(Problem("duplicate", row.image, f"same bytes as {by_hash[digest]}"))
-        by_hash.setdefault(digest, row.image)
-    return Index(folder, [row for row, _, _ in checked], problems)
+        results = list(pool.map(lambda one: _row(folder, one), found))
+    problems += [problem for _, problem in results if problem]
+    rows = _apart([(one, row) for one, (row, _) in zip(found, results, strict=True) if row])
+    rows = _visa_tables(rows, found, files, folder, split_csv, problems)
+    problems += _left_over(files, found, folder)
+    if not rows:
+        raise DataError("\n".join([
+            f"No known layout in {folder} ({len(files)} files). MVTec's is PRODUCT/train/good, PRODUCT/test/TYPE and "
+            "PRODUCT/ground_truth/TYPE; a folder `good` beside one for each defect type will do; "
+            "`spgdd tadd download -h` lists what else is.",
+            *(f"{problem.kind}: {problem.path} ({problem.detail})" for problem in problems[:SHOWN]),
+        ]))  # fmt: skip
+    index = Index(folder, rows, problems + _duplicates(folder, rows))
+    return index.checked() if check else index
 
 
-def _walk(folder: Path):
-    for base, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(base, name) for name in names)
+def _walk(folder: Path) -> tuple[list[str], list[Problem]]:
+    """Paths of all files but hidden ones. Links to folders are followed, unless these are read anyway."""
+    files, problems, seen, top = [], [], {}, os.path.realpath(folder)
+    for base, folders, names in os.walk(folder, followlinks=True):
+        visible = []
+        for name in sorted(folders):
+            path = Path(base, name)
+            shown, real = path.relative_to(folder).as_posix(), os.path.realpath(path)
+            if _is_junk(name):
+                continue
+            if path.is_symlink() and (real in seen or f"{real}/".startswith(f"{top}/") or top.startswith(f"{real}/")):
+                problems.append(Problem("skipped", shown, f"a link to {seen.get(real, real)}, which is read there", 0))
+                continue
+            seen[real] = shown
+            visible.append(name)
+        folders[:] = visible
+        files += [Path(base, name).relative_to(folder).as_posix() for name in sorted(names) if not _is_junk(name)]
+    return files, problems
 
 
-def _recognise(name: str, files: set[str], folder: Path) -> Row | None:
-    """The row of an image in a known layout, None for every other file."""
-    match, layout = next(((m, known) for p, known in PATTERNS if (m := p.fullmatch(name))), (None, None))
-    if match is None:
-        return None
-    groups = {key: value or "" for key, value in match.groupdict().items()}
-    root = PurePosixPath(groups["root"])
-    masks = (groups["root"] + template.format_map(groups) for template in layout.masks)
-    mask = next((path for path in masks if path in files), "")
-    if mask == name:  # a mask that lies beside its image
-        return None
-    product = groups.get("product", "").strip("/") or layout.product or folder.resolve().name
-    subset = groups.get("subset") or layout.subset
-    if not subset:  # MVTec's layout: the data set's folder, or the product's where it stands alone
-        alone = not root.name and product not in MVTEC_PRODUCTS
-        subset = product if alone else root.name or folder.resolve().name
-    kind = (groups.get("type") or layout.kind).lower()
-    kind = AITEX_CODES.get(kind, "defect") if kind.isdigit() else kind
-    good = kind in GOOD or subset == "noncrack" or layout.kind and mask and _is_empty(folder / mask)
-    split = {"training": "train"}.get(groups.get("split", ""), groups.get("split", ""))
-    return Row(subset, product, split, "good" if good else kind, name, "" if good else mask)
+def _is_junk(name: str) -> bool:
+    return name[0] == "." or name.lower() in JUNK
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Bool (H, W), True on defects. VisA and NEU write class numbers, most write 255, CrackForest Matlab."""
-    if path.suffix == ".mat":
-        from scipy.io import loadmat
-
-        return loadmat(path)["groundTruth"][0, 0]["Segmentation"] > 1
-    with Image.open(path) as image:
-        grey = image if image.mode in ("L", "P", "1", "I", "I;16") else image.convert("L")
-        values = np.asarray(grey).astype(int)
-    return values > (127 if values.max(initial=0) > 127 else 0)
-
-
-def _is_empty(mask: Path) -> bool:
-    """Whether a mask marks nothing; a damaged one is taken for a defect's, and reported later."""
+def _row(folder: Path, found: Found) -> tuple[Row | None, Problem | None]:
+    """The row of a picture; None with a problem where it cannot be opened, or be said whether it is good."""
+    parts, groups = [folder.resolve().name, *PurePosixPath(found.root).parts], found.groups
+    product = found.layout.product or parts[-1]
+    subset = groups.get("subset") or found.layout.subset
+    if not subset:  # the folder above the product's, or the product's where it stands alone
+        subset = parts[-1] if len(parts) < 3 and parts[-1] not in MVTEC_PRODUCTS else parts[max(0, len(parts) - 2)]
+    kind, mask, problem = found.kind, found.mask, None
     try:
-        return not read_mask(mask).any()
-    except (OSError, ValueError):
-        return False
+        width, height, orientation = read_header(folder / found.image)
+        if mask and (kind == "good" or found.layout.kind):
+            marked = read_mask(folder / mask, folder / found.image).any()
+            if kind == "good" and marked:
+                return None, Problem("ambiguous", mask, "marks a defect in a picture among the good ones")
+            kind = found.layout.kind if marked else "good"
+        elif found.layout.kind and not mask:
+            kind = found.layout.unmarked
+    except (DataError, ImageError) as error:
+        return None, _problem(error, mask if isinstance(error, DataError) else found.image, folder)
+    if not kind:
+        return None, Problem("missing", found.image, "no mask, so nobody knows whether it is good")
+    if kind == "good":
+        mask = ""
+    elif not mask:
+        problem = Problem("missing", found.image, f"no mask for this {kind} image")
+    width, height = (height, width) if orientation > 4 else (width, height)
+    split = SPLITS.get(groups.get("split", "").lower(), "")
+    return Row(subset, product, split, kind, found.image, mask, width, height), problem
 
 
-def _visa_tables(rows: list[Row], files: set[str], folder: Path, split_csv, problems: list) -> list[Row]:
-    """Rows with VisA's splits and defect types, which are published as tables."""
+def _problem(error: Exception, path: str, folder: Path) -> Problem:
+    kind = "ambiguous" if isinstance(error, AmbiguousMask) else "broken"
+    detail = re.sub(rf"^{re.escape(str(folder / path))}(/\S*)?: ", "", str(error))
+    return Problem(kind, path, detail)
+
+
+def _apart(pairs: list[tuple[Found, Row]]) -> list[Row]:
+    """The rows; products of one name in different places get their places as names of their subsets."""
+    places = defaultdict(set)
+    for found, row in pairs:
+        places[row.subset, row.product].add(found.root)
+    rows = []
+    for found, row in pairs:
+        if len(places[row.subset, row.product]) > 1:
+            place = PurePosixPath(found.root)
+            place = place if found.layout.product else place.parent
+            row = replace(row, subset=place.as_posix() if place.parts else row.subset)
+        rows.append(row)
+    return rows
+
+
+def _duplicates(folder: Path, rows: list[Row]) -> list[Problem]:
+    """Pictures with the same bytes; only those of one size are read."""
+    sizes = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.split != "train"):
+        sizes[(folder / row.image).stat().st_size].append(row)
+    problems = []
+    for group in sizes.values():
+        first = {}
+        for row in group if len(group) > 1 else ():
+            other = first.setdefault(hashlib.sha256((folder / row.image).read_bytes()).digest(), row)
+            if other is not row:
+                leak = ", a training picture" * (other.split == "train" and row.split != "train")
+                problems.append(Problem("duplicate", row.image, f"same bytes as {other.image}{leak}"))
+    return problems
+
+
+def _left_over(files: list[str], found: list[Found], folder: Path) -> list[Problem]:
+    """Masks of no picture, and by their folders the pictures that are in no known layout."""
+    used = {one.image for one in found}
+    for one in found:
+        if one.mask:
+            used.update(file.relative_to(folder).as_posix() for file in mask_files(folder / one.mask))
+    problems, skipped = [], Counter()
+    for name in files:
+        if name in used or not is_mask(name):
+            continue
+        if set(name.lower().split("/")[:-1]) & set(KNOWN["masks"]):
+            problems.append(Problem("unused", name, "mask of no image"))
+        elif is_picture(name):
+            skipped[PurePosixPath(name).parent.as_posix()] += 1
+    return problems + [
+        Problem("skipped", place, f"{count} pictures in no known layout", count) for place, count in skipped.items()
+    ]
+
+
+def _visa_tables(rows: list[Row], found: list[Found], files: list[str], folder: Path, split_csv, problems) -> list[Row]:
+    """Rows with VisA's splits and defect types, which are published as tables; damaged ones become problems."""
     by_image = {row.image: row for row in rows}
-    for table in sorted(name for name in files if name.endswith("image_anno.csv")):
-        root = PurePosixPath(table).parent.parent
-        for line in _table(folder / table, ("image", "label", "mask")):
-            image = (root / line["image"]).as_posix()
+    known = {name.lower(): name for name in files}
+
+    def lines(name: str, columns: str) -> list[dict]:
+        try:
+            return _table(folder / name, columns)
+        except DataError as error:
+            problems.append(_problem(error, name, folder))
+            return []
+
+    roots = sorted({one.root for one in found if one.layout.subset == "VisA"})
+    for root in roots:
+        top = PurePosixPath(root).parent
+        name = known.get(f"{root}image_anno.csv".lower())
+        for line in lines(name, "image,label,mask") if name else ():
+            image = known.get((top / line["image"]).as_posix().lower())
             if image in by_image and line["label"] != "normal":
                 kind = ",".join(part.strip() for part in line["label"].split(","))
-                by_image[image] = dataclasses.replace(by_image[image], defect_type=kind)
-    roots = sorted({re.sub("[^/]+/Data/Images/.*", "", row.image) for row in rows if row.subset == "VisA"})
-    for root in roots:
-        table = Path(split_csv) if split_csv else folder / root / "split_csv" / "1cls.csv"
-        if not (split_csv or table.is_file()):
-            continue
-        for line in _table(table, ("object", "split", "label", "image", "mask")):
-            image, mask = root + line["image"], root + line["mask"] if line["mask"] else ""
-            if image in by_image:
-                by_image[image] = dataclasses.replace(by_image[image], split=line["split"])
-            else:
-                problems.append(Problem("missing", image, f"named in {table.name}"))
-            if mask and mask not in files:
-                problems.append(Problem("missing", mask, f"named in {table.name}"))
+                by_image[image] = replace(by_image[image], defect_type=kind)
+    for top in sorted({PurePosixPath(root).parent for root in roots}):
+        name = known.get((top / "split_csv" / "1cls.csv").as_posix().lower())
+        columns = "object,split,label,image,mask"
+        table = _table(Path(split_csv), columns) if split_csv else lines(name, columns) if name else []
+        for line in table:
+            image, mask = ((top / line[key]).as_posix() if line[key] else "" for key in ("image", "mask"))
+            if (there := known.get(image.lower())) in by_image:
+                by_image[there] = replace(by_image[there], split=line["split"])
+            elif not there:
+                problems.append(Problem("missing", image, f"named in {split_csv or name}"))
+            if mask and mask.lower() not in known:
+                problems.append(Problem("missing", mask, f"named in {split_csv or name}"))
     return list(by_image.values())
 
 
-def _table(path: Path, columns: tuple[str, ...]) -> list[dict]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != columns:
-            raise DataError(f"{path} has the columns {reader.fieldnames}, VisA's are {','.join(columns)}.")
-        return list(reader)
-
-
-def _read(folder: Path, row: Row, check: bool) -> tuple[Row, str, Problem | None]:
-    """The row with its size, the hash of the image ("" without ``check``), and what is wrong with it."""
-    name, digest = row.image, ""
+def _table(path: Path, columns: str) -> list[dict]:
     try:
-        data = (folder / name).read_bytes() if check else b""
-        with Image.open(io.BytesIO(data) if check else folder / name) as image:
-            row = dataclasses.replace(row, width=image.width, height=image.height)
-            if check:
-                image.load()
-                digest = hashlib.sha256(data).hexdigest()
-        if check and row.mask:
-            name = row.mask
-            mask = read_mask(folder / name)
-            if mask.shape != (row.height, row.width):
-                size = f"{mask.shape[1]} x {mask.shape[0]}"
-                error = f"{size} pixels, its image has {row.width} x {row.height}"
-                return row, digest, Problem("broken", name, error)
-            if not mask.any():
-                return row, digest, Problem("broken", name, "the mask of a defect is empty")
-    except (OSError, ValueError, KeyError, SyntaxError) as error:  # of Pillow and scipy, on damaged files
-        return row, digest, Problem("broken", name, str(error))
-    return row, digest, None
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: not a table that can be read ({error}).") from error
+    if ",".join(reader.fieldnames or ()) != columns:
+        raise DataError(f"{path}: has the columns {reader.fieldnames}, VisA's are {columns}.")
+    if any(None in line.values() or None in line for line in lines):
+        raise DataError(f"{path}: a line has not the columns {columns}; the file may be cut off.")
+    return lines

@@ -18,7 +18,8 @@ from spgdd.agreement import says_defective
 from spgdd.calibration import Calibration
 from spgdd.data.describe import measure
 from spgdd.data.grammar import TYPES, VOCABULARY, base
-from spgdd.data.index import index_folder, read_mask
+from spgdd.data.index import index_folder
+from spgdd.data.masks import read_mask
 from spgdd.data.words import default_question
 from spgdd.diagnosis import Diagnoser, judge
 from spgdd.errors import DataError
@@ -213,7 +214,7 @@ def load_picture(picture: Picture, profile: Profile) -> Loaded:
     views = Views.of(image, profile)
     coverage, places = None, list(picture.places)
     if picture.mask is not None:
-        mask = read_mask(picture.mask) if isinstance(picture.mask, Path) else picture.mask  # (H, W)
+        mask = read_mask(picture.mask, picture.source) if isinstance(picture.mask, Path) else picture.mask  # (H, W)
         if not places:
             places = list(dict.fromkeys(d["place"] for d in measure(mask, np.asarray(image), picture.kind)))
         coverage = views.to_map(mask)

@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from spgdd.data.index import read_mask
+from spgdd.data.masks import mask_files, read_mask
 from spgdd.data.synthesis import DEFAULT, SynthesisSettings, synthesise
 from spgdd.errors import DataError
 from spgdd.imagebind import ImageFeatures
@@ -77,21 +77,12 @@ def look(picture: Picture, fit: str) -> Seen:
         pixels, defects = torch.from_numpy(np.ascontiguousarray(made.image)).permute(2, 0, 1), made.defects
         mask = np.rint(255 * made.label).astype(np.uint8)
     elif picture.mask:
-        mask = np.uint8(255) * (Views(*image.size, fit).to_map(_marks(picture, image.size)) > MASK_SHARE)
+        try:
+            marks = read_mask(picture.mask, picture.image)
+        except DataError as error:
+            raise DataError(f"mask {error} Replace it, or take {picture.image} out of the text file.") from error
+        mask = np.uint8(255) * (Views(*image.size, fit).to_map(marks) > MASK_SHARE)
     return Seen(torch.from_numpy(mask), defects, pixels)
-
-
-def _marks(picture: Picture, size: tuple[int, int]) -> np.ndarray:
-    """The mask file, bool (H, W)."""
-    mend = "Replace it, or take the image out of the text file."
-    try:
-        marks = read_mask(picture.mask)
-    except (OSError, ValueError, KeyError, SyntaxError) as error:  # of Pillow and scipy, on damaged files
-        raise DataError(f"mask {picture.mask} cannot be read ({error}). {mend}") from error
-    if marks.shape[::-1] != size:
-        own, wanted = (f"{width} x {height}" for width, height in (marks.shape[::-1], size))
-        raise DataError(f"mask {picture.mask} has {own} pixels, its image {picture.image} {wanted}. {mend}")
-    return marks
 
 
 class FeatureCache:
@@ -110,7 +101,8 @@ class FeatureCache:
 
     def path(self, picture: Picture) -> Path:
         """The file of a picture, there or not; reads the files that it depends on, once each."""
-        files = [self._digest(path) if path else b"" for path in (picture.image, picture.mask, picture.source)]
+        masks = mask_files(picture.mask) if picture.mask else [None]
+        files = [self._digest(path) if path else b"" for path in (picture.image, *masks, picture.source)]
         how = f"{RECIPE} {picture.settings} {picture.number}" if picture.source else f"{RECIPE}"
         return self.folder / f"{hashlib.sha256(b'|'.join([*files, how.encode()])).hexdigest()}.safetensors"
 
