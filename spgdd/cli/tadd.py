@@ -17,7 +17,7 @@ def index(
     folder: Path = FOLDER,
     visa_split: Path = SPLIT,
     output: Path = Option(None, "-o", "--output", help="table as .csv, or with the problems as .json"),
-    quick: bool = Option(False, "--quick", help="sizes only: no hashes, no damaged files found"),
+    quick: bool = Option(False, "--quick", help="sizes only: damaged files are not found"),
 ) -> int:
     """One table of images, masks, products and defect types."""
     from spgdd.data.index import index_folder
@@ -33,7 +33,7 @@ def index(
     print(f"{len(table.rows)} images, {len(table.problems)} problems")
     if output:
         table.save(output)
-    return int(any(problem.kind in ("missing", "broken") for problem in table.problems))
+    return int(any(problem.kind in ("missing", "broken", "ambiguous") for problem in table.problems))
 
 
 def describe(

@@ -6,125 +6,24 @@ understood is listed beside it.
 """
 
 import csv
-import dataclasses
 import hashlib
-import io
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from spgdd.data.layouts import KNOWN, SPLITS, Found, is_mask, is_picture, recognise
-from spgdd.data.masks import AmbiguousMask, mask_files, read_mask
+from spgdd.data.masks import mask_files, read_mask
+from spgdd.data.table import SHOWN, Index, Problem, Row
 from spgdd.errors import DataError, ImageError
-from spgdd.files import write_json, write_text
-from spgdd.images import read_header, read_image
+from spgdd.images import read_header
 
 MVTEC_PRODUCTS = set(
     "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw "
     "tile toothbrush transistor wood zipper".split()
 )
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}  # what systems leave, and names with a dot
-LARGE = 0.5  # share of a picture above which a mask is doubtful
-SHOWN = 5  # problems of a kind that a summary lists
-
-
-@dataclass(frozen=True)
-class Row:
-    """One picture; paths are relative to the indexed folder, ``mask`` is "" where nothing is marked.
-
-    ``mask`` may be a folder of masks, see ``spgdd.data.masks``. Width and height are those that people see.
-    """
-
-    subset: str
-    product: str
-    split: str
-    defect_type: str
-    image: str
-    mask: str
-    width: int = 0
-    height: int = 0
-
-
-@dataclass(frozen=True)
-class Problem:
-    kind: str  # missing, broken, ambiguous, doubtful, duplicate, unused, skipped
-    path: str
-    detail: str
-    count: int = 1  # of files
-
-
-@dataclass(frozen=True)
-class Index:
-    folder: Path
-    rows: list[Row]
-    problems: list[Problem]
-
-    def mask_of(self, row: Row):
-        """Bool (H, W) of a row with a mask, see ``read_mask``."""
-        return read_mask(self.folder / row.mask, self.folder / row.image)
-
-    def checked(self, rows: Iterable[Row] | None = None) -> "Index":
-        """An index of these rows, by default all, whose pictures and masks could be decoded; the others are problems.
-
-        A defective picture whose mask cannot be used stays, without it.
-        """
-        with ThreadPoolExecutor() as pool:
-            results = list(pool.map(self._check, self.rows if rows is None else rows))
-        kept = [row for row, _ in results if row]
-        return Index(self.folder, kept, self.problems + [problem for _, problem in results if problem])
-
-    def _check(self, row: Row) -> tuple[Row | None, Problem | None]:
-        try:
-            read_image(self.folder / row.image)
-        except ImageError as error:
-            return None, _problem(error, row.image, self.folder)
-        if not row.mask:
-            return row, None
-        try:
-            share = self.mask_of(row).mean()
-        except DataError as error:
-            return replace(row, mask=""), _problem(error, row.mask, self.folder)
-        if not share:
-            return replace(row, mask=""), Problem("broken", row.mask, "the mask of a defect is empty")
-        if share > LARGE:
-            return row, Problem("doubtful", row.mask, f"marks {share:.0%} of the picture")
-        return row, None
-
-    def summary(self) -> list[str]:
-        """Lines that say how many pictures and masks there are, and what is wrong with others."""
-        bad = [row for row in self.rows if row.defect_type != "good"]
-        masked = sum(bool(row.mask) for row in bad)
-        products = len({(row.subset, row.product) for row in self.rows})
-        counts = Counter()
-        for problem in self.problems:
-            counts[problem.kind] += problem.count
-        lines = [
-            f"{self.folder}: {len(self.rows)} pictures of {products} products, {len(bad)} of them defective; "
-            f"{masked} masks, {len(bad) - masked} defective pictures without one; {counts['skipped']} pictures skipped"
-        ]
-        for kind in counts:
-            those = [problem for problem in self.problems if problem.kind == kind]
-            lines += [f"{kind}: {problem.path} ({problem.detail})" for problem in those[:SHOWN]]
-            if len(those) > SHOWN:
-                lines.append(f"{kind}: and {len(those) - SHOWN} more; `spgdd tadd index` lists all")
-        return lines
-
-    def save(self, path: str | Path) -> None:
-        """Write the table as .csv, or the table and the problems as .json."""
-        rows = [dataclasses.asdict(row) for row in self.rows]
-        if Path(path).suffix.lower() == ".json":
-            problems = [dataclasses.asdict(problem) for problem in self.problems]
-            write_json(path, {"rows": rows, "problems": problems}, indent=1)
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path, text.getvalue())
 
 
 def index_folder(folder: str | Path, split_csv: str | Path | None = None, check: bool = True) -> Index:
@@ -198,7 +97,7 @@ def _row(folder: Path, found: Found) -> tuple[Row | None, Problem | None]:
         elif found.layout.kind and not mask:
             kind = found.layout.unmarked
     except (DataError, ImageError) as error:
-        return None, _problem(error, mask if isinstance(error, DataError) else found.image, folder)
+        return None, Problem.of(error, mask if isinstance(error, DataError) else found.image, folder)
     if not kind:
         return None, Problem("missing", found.image, "no mask, so nobody knows whether it is good")
     if kind == "good":
@@ -208,12 +107,6 @@ def _row(folder: Path, found: Found) -> tuple[Row | None, Problem | None]:
     width, height = (height, width) if orientation > 4 else (width, height)
     split = SPLITS.get(groups.get("split", "").lower(), "")
     return Row(subset, product, split, kind, found.image, mask, width, height), problem
-
-
-def _problem(error: Exception, path: str, folder: Path) -> Problem:
-    kind = "ambiguous" if isinstance(error, AmbiguousMask) else "broken"
-    detail = re.sub(rf"^{re.escape(str(folder / path))}(/\S*)?: ", "", str(error))
-    return Problem(kind, path, detail)
 
 
 def _apart(pairs: list[tuple[Found, Row]]) -> list[Row]:
@@ -275,7 +168,7 @@ def _visa_tables(rows: list[Row], found: list[Found], files: list[str], folder: 
         try:
             return _table(folder / name, columns)
         except DataError as error:
-            problems.append(_problem(error, name, folder))
+            problems.append(Problem.of(error, name, folder))
             return []
 
     roots = sorted({one.root for one in found if one.layout.subset == "VisA"})

@@ -14,7 +14,7 @@ from spgdd.images import SUFFIXES
 
 KNOWN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 SPLITS = KNOWN["splits"]
-GOOD = "|".join((*KNOWN["good"], *(f"{name} [^/]+" for name in KNOWN["good_first"]))).replace(" ", "[-_ ]?")
+GOOD = "|".join(KNOWN["good"]).replace(" ", "[-_ ]?") + f"|(?:{'|'.join(KNOWN['good_first'])})[-_ ][^/]+"
 MASKS, PICTURES = "|".join(KNOWN["masks"]), "|".join(KNOWN["pictures"])
 RESERVED = "|".join((MASKS, PICTURES, *SPLITS))
 NAMES = {  # what a placeholder fits, where a pattern does not say

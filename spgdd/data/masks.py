@@ -130,15 +130,18 @@ def _from_grey(grey: np.ndarray, lossy: bool) -> np.ndarray | None:
         if values[-1] <= NUMBERS:  # what compression leaves of black
             return np.zeros(grey.shape, bool)
     else:
-        numbers = values[values < top]
-        if len(numbers) < len(values) and len(numbers) and numbers[-1] <= NUMBERS:  # 255 beside 1: ignored
-            return (grey > 0) & (grey < top)
         inner = ndimage.maximum_filter(grey, 3) == ndimage.minimum_filter(grey, 3)
         areas = np.setdiff1d(grey[inner], [0])  # values that fill areas, not edges alone
-        counted = top > 255 and values[-1] == len(values)
+        small = (grey > 0) & (grey <= NUMBERS)
+        if values[0] <= NUMBERS and (values[values > NUMBERS] == top).all() and values[-1] == top:
+            if inner[small].mean() > 0.3:  # numbers of classes, and 255 for what is to be ignored
+                return small
+            if len(values) <= 3:
+                return None
+        counted = top > 255 and values[-1] == len(values)  # 1, 2, 3 and so on
         if values[-1] <= NUMBERS or counted or len(values) <= 3 or len(areas) == len(values):
             return grey > 0
-        if (areas < 0.75 * top).any():
+        if ((areas > NUMBERS) & (areas < 0.75 * top)).any():
             return None
     middle = (grey > 0.15 * top) & (grey < 0.85 * top)
     return None if values[-1] < 0.75 * top or middle.mean() > 0.25 else grey > top // 2
