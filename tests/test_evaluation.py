@@ -1,6 +1,7 @@
 """Metrics against closed forms and brute force; the protocol diagnoses as the Diagnoser does, and encodes once."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from spgdd.errors import DataError, SpgddError
 from spgdd.evaluation.ablation import ablate
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, named_kind, named_places, summarise, verdict_metrics
 from spgdd.evaluation.protocol import Picture, evaluate, folder_tasks, load_picture
+from spgdd.evaluation.tables import fewer_masks
 from spgdd.imagebind import ImageFeatures
 from spgdd.imagebind.preprocess import normalise, to_pixels
 from spgdd.loading import load_model
@@ -196,6 +198,34 @@ def test_folder_tasks(folder, tmp_path):
         part(seed=number).save(path)
     (task,) = folder_tasks(tmp_path)
     assert (len(task.normals), len(task.queries)) == (2, 4) and not {*task.normals} & {*task.queries}
+
+
+def test_what_is_damaged_missing_or_double_is_told_before_it_is_evaluated(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    bolt = tmp_path / "set" / "bolt"
+    (bolt / "train" / "good" / "000.png").write_bytes(b"no picture")
+    whole = (bolt / "test" / "good" / "006.png").read_bytes()
+    (bolt / "test" / "good" / "006.png").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(bolt / "train" / "good" / "001.png", bolt / "test" / "good" / "007.png")
+    (bolt / "ground_truth" / "scratch" / "011_mask.png").unlink()
+    Image.new("L", (20, 10)).save(bolt / "ground_truth" / "scratch" / "012_mask.png")
+    (bolt / "test" / "good" / ".hidden.png").write_bytes(b"no picture")
+    lines = []
+    (task,) = folder_tasks(tmp_path, report=lines.append)
+    assert (len(task.normals), len(task.queries)) == (5, 8)
+    assert [p.mask is not None for p in task.queries if p.kind == "scratch"] == [False, False, True, True]
+    assert "13 pictures of 1 products, 4 of them defective; 2 masks, 2 defective pictures without one" in lines[0]
+    assert {tuple(line.split()[:2]) for line in lines[1:]} == {
+        ("broken:", "set/bolt/train/good/000.png"), ("broken:", "set/bolt/test/good/006.png"),
+        ("broken:", "set/bolt/ground_truth/scratch/012_mask.png"),
+        ("missing:", "set/bolt/test/scratch/011.png"), ("duplicate:", "set/bolt/test/good/007.png"),
+    }  # fmt: skip
+    assert any("same bytes as set/bolt/train/good/001.png, a training picture" in line for line in lines)
+    runs = evaluate(Diagnoser(Speaker()), [task], (0, 1), (0,), text=False, progress=False)
+    assert fewer_masks(runs) == [
+        "set/bolt: pixels and places of 2 of 4 defective pictures; the others have no mask"
+    ]  # fmt: skip
+    assert all(run["metrics"]["pixel_auroc"] is not None for run in runs)
 
 
 def test_masks_lie_where_the_model_sees_the_defect(folder):

@@ -35,7 +35,7 @@ def evaluate(
     """Measure how good the diagnoses are, with k normal pictures."""
     from spgdd.evaluation import protocol
     from spgdd.evaluation.metrics import summarise
-    from spgdd.evaluation.tables import MAP, TEXT, table, write_csv
+    from spgdd.evaluation.tables import MAP, TEXT, fewer_masks, table, write_csv
 
     names = dict(pair(each, "--product") for each in product)
     common = {key: value_of(value) for key, value in (pair(each, "--set") for each in switches)}
@@ -57,6 +57,8 @@ def evaluate(
     for title, columns in {"maps and their verdicts": MAP, "text": TEXT if text else {}}.items():
         if columns:
             print(f"\n{title}, in percent, mean and standard deviation over the shot sets\n{table(shown, columns)}")
+    for line in fewer_masks(runs):
+        print(line)
     if json_file:
         about = {"data": data, "profile": model["profile"], "limit": limit, "false_alarm_rate": false_alarm_rate}
         about |= {"set": common, "variants": variants}

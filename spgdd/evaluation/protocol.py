@@ -5,7 +5,7 @@ Each picture, whether to diagnose or to remember, is encoded once for all shot s
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from spgdd.agreement import says_defective
 from spgdd.calibration import Calibration
 from spgdd.data.describe import measure
 from spgdd.data.grammar import TYPES, VOCABULARY, base
-from spgdd.data.index import index_folder
+from spgdd.data.index import Row, index_folder
 from spgdd.data.masks import read_mask
 from spgdd.data.words import default_question
 from spgdd.diagnosis import Diagnoser, judge
@@ -58,46 +58,52 @@ class Task:
 
 
 def folder_tasks(
-    folder: str | Path, subsets: Sequence[str] = (), names: dict[str, str] | None = None, limit: int | None = None
-) -> list[Task]:
+    folder: str | Path, subsets: Sequence[str] = (), names: dict[str, str] | None = None, limit: int | None = None,
+    report: Callable[[str], None] = print,
+) -> list[Task]:  # fmt: skip
     """The products in a folder of data sets (see ``spgdd.data.index``).
 
     Shots come from the good pictures of "train" and all of "test" is diagnosed; where a data set has no such
     split, every second good picture is kept for shots. ``names``: subset or product to the name to use.
     ``limit``: at most so many good and so many defective pictures of a product are diagnosed.
+    ``report`` is told how many pictures and masks there are and what is wrong with others; damaged ones are left out.
     Raises DataError for an unknown subset.
     """
     index = index_folder(folder, check=False)
-    found = defaultdict(list)
-    for row in index.rows:
-        found[row.subset, row.product].append(row)
-    known = {subset for subset, _ in found}
+    known = {row.subset for row in index.rows}
     if unknown := set(subsets) - known:
         raise DataError(f"{folder} has no subset {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}.")
-    names, tasks = VOCABULARY["spoken_names"] | (names or {}), []
-    for (subset, product), rows in found.items():
-        if subsets and subset not in subsets:
-            continue
+    found, parts = defaultdict(list), {}
+    for row in index.rows:
+        if not subsets or row.subset in subsets:
+            found[row.subset, row.product].append(row)
+    for product, rows in found.items():
         good = [row for row in rows if row.defect_type == "good"]
         test = [row for row in rows if row.split == "test"]
         normals = [row for row in good if row.split == "train"] if test else good[::2]
         queries = test or sorted(set(rows) - set(normals), key=lambda row: row.image)
-        pictures = [
-            Picture(row.image, index.folder / row.image, row.defect_type, index.folder / row.mask if row.mask else None)
-            for row in queries
-        ]
+        parts[product] = normals, _limited(queries, limit)
+    index = index.checked(row for part in parts.values() for rows in part for row in rows)
+    for line in index.summary():
+        report(line)
+    pictures = {}
+    for row in index.rows:
+        mask = index.folder / row.mask if row.mask else None
+        pictures[row.image] = Picture(row.image, index.folder / row.image, row.defect_type, mask)
+    names, tasks = VOCABULARY["spoken_names"] | (names or {}), []
+    for (subset, product), part in parts.items():
+        normals, queries = ([pictures[row.image] for row in rows if row.image in pictures] for rows in part)
         name = names.get(product) or names.get(subset) or product.replace("_", " ")
-        shots = [Picture(row.image, index.folder / row.image) for row in normals]
-        tasks.append(Task(subset, product, name, shots, _limited(pictures, limit)))
+        tasks.append(Task(subset, product, name, normals, queries))
     return tasks
 
 
-def _limited(pictures: list[Picture], limit: int | None) -> list[Picture]:
+def _limited(rows: list[Row], limit: int | None) -> list[Row]:
     rng, kept = random.Random(0), set()
     for good in (True, False):
-        group = [p for p in pictures if (p.kind == "good") == good]
+        group = [row for row in rows if (row.defect_type == "good") == good]
         kept.update(group if limit is None else rng.sample(group, min(limit, len(group))))
-    return [p for p in pictures if p in kept]
+    return [row for row in rows if row in kept]
 
 
 def evaluate(

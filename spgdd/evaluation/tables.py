@@ -29,6 +29,19 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def fewer_masks(runs: list[dict]) -> list[str]:
+    """A line for each product whose figures of pixels and places are over a part of its defective pictures."""
+    notes = {}
+    for run in runs:
+        bad = [picture for picture in run["pictures"] if picture["kind"] != "good"]
+        if without := sum(not picture["places"] for picture in bad):
+            notes[run["subset"], run["product"]] = (
+                f"{run['subset']}/{run['product']}: pixels and places of {len(bad) - without} of {len(bad)} defective "
+                "pictures; the others have no mask"
+            )
+    return list(notes.values())
+
+
 def _cell(value: dict | None) -> str:
     """ "70.5 ± 1.2" """
     if not value or value["mean"] is None:
