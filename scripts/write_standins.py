@@ -17,18 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
 from torch.serialization import skip_data
 from tqdm.auto import tqdm
 
 from spgdd.errors import WeightsError
+from spgdd.files import whole_file, write_json
 from spgdd.imagebind import HUGE, MODALITIES, ImageBind
 from spgdd.profiles import weights_folder
 from spgdd.selfprompt import PatchDecoder, PromptLearner
-from spgdd.tensors import STANDIN, Spec, is_standin, spec_bytes, split, write_json
+from spgdd.tensors import STANDIN, Spec, is_standin, spec_bytes
 from spgdd.weights.catalog import Bundle, get_bundle, get_bundles, readable
 from spgdd.weights.llama import llama_specs
-from spgdd.weights.plan import refuse_strangers
+from spgdd.weights.plan import refuse_other_weights
 
 LLAMA = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}  # width, width between, layers; heads of width 128
 SHARD_BYTES = 10**10  # a shard of the published files ends before the tensor that would exceed this
@@ -45,7 +47,7 @@ def standin(names: str | Iterable[str], root: str | Path | None = None, progress
     bundles = [get_bundle(name) for bundle in get_bundles(names)
                for name in ([bundle.name] if bundle.files else bundle.recipe)]
     todo = [bundle for bundle in bundles if not all((root / file.path).exists() for file in bundle.files)]
-    refuse_strangers(bundles, root)
+    refuse_other_weights(bundles, root)
     for bundle in bundles:
         there = [file.path for file in bundle.files if (root / file.path).exists()]
         real = [path for path in there if not is_standin(root / path)]
@@ -98,7 +100,9 @@ def _write_bundle(bundle: Bundle, folder: Path) -> Iterator[Path]:
     specs, names = bundle_specs(bundle), [file.path.rpartition("/")[2] for file in bundle.files]
     shards = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     delta = bundle.contents["kind"] == "llama-delta"
-    groups = split(specs, SHARD_BYTES) if len(shards) > 1 else [list(specs)]
+    split = split_state_dict_into_shards_factory(  # as transformers did for the published files
+        specs, get_storage_size=spec_bytes, max_shard_size=SHARD_BYTES, filename_pattern="pytorch_model{suffix}.bin")
+    groups = list(split.filename_to_tensors.values()) if len(shards) > 1 else [list(specs)]
     for name, group in zip(shards, groups, strict=True):
         write_pickle(folder / name, {key: specs[key] for key in group}, name.endswith(".pt"), delta)
         yield folder / name
@@ -120,24 +124,23 @@ def write_pickle(path: Path, specs: dict[str, Spec], parameters: bool, delta: bo
 
     `parameters`: values are nn.Parameter, as in the published deltas. `delta`: norms near 0 instead of 1.
     """
-    partial = path.with_name(path.name + ".part")
     make = torch.nn.Parameter if parameters else (lambda value: value)
-    with skip_data():  # writes the archive with room for the values; torch.empty touches no memory
-        empty = ((name, torch.empty(shape, dtype=dtype)) for name, (dtype, shape) in specs.items())
-        torch.save(OrderedDict((name, make(value)) for name, value in empty), partial)
     seed = zlib.crc32(path.parent.name.encode())
     pool = torch.from_numpy(np.random.default_rng(seed).standard_normal(POOL, dtype=np.float32) * 0.02)
     pools = {dtype: pool.to(dtype) for dtype, _ in specs.values()}
-    with zipfile.ZipFile(partial, "a") as archive:
-        archive.comment = STANDIN.encode()
-        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    with open(partial, "r+b") as file:
-        for index, (name, (dtype, shape)) in enumerate(specs.items()):
-            file.seek(entries[f"data/{index}"].header_offset + 26)
-            file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # past the name and the padding
-            for block in _values(name, shape, pools[dtype], delta):
-                file.write(block.numpy().tobytes())
-    partial.replace(path)
+    with whole_file(path) as whole:
+        with skip_data():  # writes the archive with room for the values; torch.empty touches no memory
+            empty = ((name, torch.empty(shape, dtype=dtype)) for name, (dtype, shape) in specs.items())
+            torch.save(OrderedDict((name, make(value)) for name, value in empty), whole.name)
+        with zipfile.ZipFile(whole.name, "a") as archive:
+            archive.comment = STANDIN.encode()
+            entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        with open(whole.name, "r+b") as file:
+            for index, (name, (dtype, shape)) in enumerate(specs.items()):
+                file.seek(entries[f"data/{index}"].header_offset + 26)
+                file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # past the name and the padding
+                for block in _values(name, shape, pools[dtype], delta):
+                    file.write(block.numpy().tobytes())
 
 
 def _values(name: str, shape: tuple[int, ...], pool: torch.Tensor, delta: bool) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The one writer of files: whole or not at all."""
+"""The one writer of files: whole or not at all; and how JSON objects are read back."""
 
 import json
 import os
@@ -49,3 +49,14 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def write_json(path: str | os.PathLike, content, indent: int | None = 2) -> Path:
     """Write JSON values."""
     return write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike, mend: str = "", error: type[SpgddError] = SpgddError) -> dict:
+    """The JSON object in a file. Raises `error`, with `mend` at its end, where there is none or another value."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} instead of names with values")
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{path} is damaged ({reason}). {mend}".rstrip()) from reason
+    return content

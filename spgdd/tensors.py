@@ -1,26 +1,22 @@
-"""Checkpoint files: the one place that opens them, and writes them whole or not at all."""
+"""Checkpoint files: the one place that opens them and that writes them."""
 
 import hashlib
 import json
 import math
-import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spgdd.errors import WeightsError
+from spgdd.files import whole_file
 
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-         torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-         torch.bool: "BOOL"}  # safetensors' names
 STANDIN = "SPGDD-GPT STAND-IN: random values, not a trained model"
-MAPPED_LIMIT = 128 * 2**20  # bytes read through one memory map before it is renewed
 AGAIN = "Fetch it again with `spgdd weights download PROFILE`, or as notebook 01 shows."
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -69,6 +65,43 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in state.items()}
 
 
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write tensors to a .safetensors file, whole or not at all, and return its SHA-256.
+
+    Equal tensors and metadata give equal files. Raises SpgddError where the file cannot be written.
+    """
+    data = memoryview(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
+    start = 8 + int.from_bytes(data[:8], "little")
+    # safetensors writes metadata in a random order, and with it another file each time: ours are put in here.
+    header = json.dumps({"__metadata__": dict(metadata or {})} | json.loads(bytes(data[8:start]))).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    with whole_file(path) as file:
+        for block in (len(header).to_bytes(8, "little"), header, data[start:]):
+            file.write(block)
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class TensorFile:
+    """One checkpoint file, tensor by tensor: `specs` by name, and `read`; memory does not grow with the file.
+
+    Errors are those of `read_tensors`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.specs = {name: (value.dtype, tuple(value.shape)) for name, value in read_tensors(path).items()}
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one tensor in its own memory. The file is mapped anew: an old map keeps all that was read."""
+        return read_tensors(self.path)[name].clone(memory_format=torch.contiguous_format)
+
+
+def spec_bytes(spec: Spec) -> int:
+    return spec[0].itemsize * math.prod(spec[1])
+
+
 def is_web_page(path: Path) -> bool:
     """Whether a server sent a page of HTML, an error or a login, in place of the file."""
     with open(path, "rb") as file:
@@ -92,103 +125,10 @@ def is_standin(path: str | Path) -> bool:
         return STANDIN.encode() in start + file.read()
 
 
-def spec_bytes(spec: Spec) -> int:
-    return spec[0].itemsize * math.prod(spec[1])
-
-
-def split(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
-    """Names by shard: a new one begins with the tensor that would exceed `limit` bytes."""
-    groups, size = [[]], 0
-    for name, spec in specs.items():
-        if groups[-1] and size + spec_bytes(spec) > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += spec_bytes(spec)
-    return groups
-
-
-class TensorFile:
-    """One checkpoint file, tensor by tensor: `specs` by name, and `read`; memory does not grow with the file.
-
-    The map of the file is renewed after every 128 MB, so that its pages do not pile up in memory. Errors are
-    those of `read_tensors`.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path, self._mapped = Path(path), 0
-        self._map = read_tensors(self.path)
-        self.specs = {name: (value.dtype, tuple(value.shape)) for name, value in self._map.items()}
-
-    def read(self, name: str) -> Tensor:
-        """A copy of one tensor in its own memory."""
-        size = spec_bytes(self.specs[name])
-        if self._mapped + size > MAPPED_LIMIT:
-            del self._map  # unmapping returns its pages
-            self._map, self._mapped = read_tensors(self.path), 0
-        self._mapped += size
-        return self._map[name].clone(memory_format=torch.contiguous_format)
-
-
-def write_safetensors(path: Path, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]],
-                      metadata: Mapping[str, str]) -> str:
-    """Write tensors one at a time and return the file's SHA-256.
-
-    `tensors` yields (name, tensor) in the order of `specs`. The file appears under `path` only when complete.
-    """
-    header, offset = {"__metadata__": dict(metadata)}, 0
-    for name, spec in specs.items():
-        end = offset + spec_bytes(spec)
-        header[name] = {"dtype": CODES[spec[0]], "shape": list(spec[1]), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with whole(path) as file:
-        for block in _blocks(text, specs, tensors):
-            file.write(block)
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """JSON that appears under its name only when complete."""
-    with whole(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-@contextmanager
-def whole(path: Path):
-    """A file to write bytes to that appears under its name only when complete and on the disk."""
-    partial = part_path(path)
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def part_path(path: Path) -> Path:
-    """Where a file grows until it is complete."""
-    return path.with_name(path.name + ".part")
-
-
-def _blocks(header: bytes, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]):
-    yield len(header).to_bytes(8, "little") + header
-    for expected, (name, tensor) in zip(specs, tensors, strict=True):
-        if name != expected or (tensor.dtype, tuple(tensor.shape)) != specs[name]:
-            raise ValueError(f"{name} {tensor.dtype} {tensor.shape} is not {expected} {specs[expected]}")
-        yield memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def sha256_of(path: Path, *others: str) -> tuple[str, ...]:
-    """SHA-256 in hexadecimal, then the other hashlib algorithms named, in one pass over the file."""
-    digests = [hashlib.new(name) for name in ("sha256", *others)]
+def digest_of(path: Path, algorithm="sha256") -> str:
+    """Hash of a file in hexadecimal; `algorithm` as in `hashlib.file_digest`."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            for digest in digests:
-                digest.update(block)
-    return tuple(digest.hexdigest() for digest in digests)
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,11 +20,22 @@ from spgdd.errors import WeightsError
 from spgdd.profiles import get_profile
 from spgdd.weights import catalog
 from spgdd.weights.catalog import File
-from spgdd.weights.download import Patience, address, download, fetch
+from spgdd.weights.download import address, download, fetch
 from spgdd.weights.plan import plan
 from spgdd.weights.verify import status, verify
 
-QUICK = Patience(attempts=8, first_wait=0.001, longest_wait=0.002, timeout=0.15)
+QUICK = (0.001,) * 7
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """huggingface_hub waits a second after each break and hands over 10 MB at a time: much for small files."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.15)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    for module in ("file_download", "utils._http"):
+        hurried = SimpleNamespace(sleep=lambda seconds: time.sleep(0.001))
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", hurried)
+    monkeypatch.setattr("spgdd.weights.download.WAITS", QUICK)
 
 
 class Server(ThreadingHTTPServer):
@@ -46,6 +58,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+    def do_HEAD(self):
+        """Honest, and uncounted; the mirrors whose name ends with b have not learned it."""
+        data = self.server.files.get(self.path)
+        if self.path.split("/")[1].endswith("b"):
+            return self.answer(501, b"", {})
+        if isinstance(data, dict):
+            return self.answer(302, b"", data)
+        size = {"Content-Length": str(len(data or b"")), "ETag": f'"{hashlib.md5(data or b"").hexdigest()}"'}
+        self.answer(404 if data is None else 200, b"", size)
 
     def do_GET(self):
         server, data = self.server, self.server.files.get(self.path)
@@ -208,7 +230,7 @@ def test_resumes_where_it_stopped(server, tmp_path):
 @pytest.mark.parametrize("fault", ["earlier range", "later range", "no ranges"])
 def test_another_range_than_asked_for(server, tmp_path, fault):
     """A file without a hash must not get a gap or a doubled stretch."""
-    data, file = published(server, "f.bin", 50_000, bytes=50_000)
+    data, file = published(server, "f.dat", 50_000, bytes=50_000)
     server.faults = lambda path, count: ("drop", fault)[count] if count < 2 else "none"
     fetch(file, tmp_path, QUICK, progress=False)
     assert (tmp_path / file.path).read_bytes() == data
@@ -216,28 +238,28 @@ def test_another_range_than_asked_for(server, tmp_path, fault):
 
 def test_a_broken_line_is_no_failure_after_a_wrong_file(server, tmp_path):
     """A wrong file had nearly arrived when the line broke: the next attempts count from nothing again."""
-    data, file = published(server, "f.bin", 200_000)
+    data, file = published(server, "f.dat", 200_000)
     server.faults = lambda path, count: ["late drop", "wrong bytes", "early drop", "early drop", "none"][count]
-    fetch(file, tmp_path, Patience(attempts=2, first_wait=0.001, timeout=0.15), progress=False)
+    fetch(file, tmp_path, (0.001,), progress=False)
     assert (tmp_path / file.path).read_bytes() == data and len(server.requests) == 5
 
 
 def test_another_version_on_the_server_starts_anew(server, tmp_path):
     """Without a hash, the beginning of one version must not be completed with the end of another."""
-    data, file = published(server, "f.bin", 50_000, bytes=50_000)
+    data, file = published(server, "f.dat", 50_000, bytes=50_000)
     server.faults = lambda path, count: "drop" if count == 0 else "403"
     with pytest.raises(WeightsError, match="denied"):
         fetch(file, tmp_path, QUICK, progress=False)
-    newer, _ = published(server, "f.bin", 50_000, seed=1, bytes=50_000)
+    newer, _ = published(server, "f.dat", 50_000, seed=1, bytes=50_000)
     server.faults = lambda path, count: "none"
     fetch(file, tmp_path, QUICK, progress=False)
     assert (tmp_path / file.path).read_bytes() == newer
 
 
 def test_says_what_cannot_be_verified(server, tmp_path, monkeypatch):
-    published(server, "f.bin", 3000, bytes=3000)
-    small_catalogue(server, monkeypatch, [{"name": "f.bin", "bytes": 3000}])
-    (row,) = download("part", tmp_path, QUICK, progress=False)
+    published(server, "f.dat", 3000, bytes=3000)
+    small_catalogue(server, monkeypatch, [{"name": "f.dat", "bytes": 3000}])
+    (row,) = download("part", tmp_path, progress=False)
     assert row.state == "accepted" and "no hash is published; its size could be compared" in row.detail
 
 
@@ -282,44 +304,46 @@ def test_download_verify_and_status(server, tmp_path, monkeypatch):
     assert "for tests" in str(plan("prof", tmp_path)) and "3 file(s), 60 kB to fetch" in str(
         plan("prof", tmp_path)
     )
-    assert {row.state for row in download("prof", tmp_path, QUICK, progress=False)} == {"verified"}
+    assert {row.state for row in download("prof", tmp_path, progress=False)} == {"verified"}
     served = len(server.requests)
-    download("prof", tmp_path, QUICK, progress=False)
+    download("prof", tmp_path, progress=False)
     assert len(server.requests) == served  # nothing is fetched twice
     damaged = tmp_path / "folder" / "1.bin"
     damaged.write_bytes(bytes(len(data[1])))
     assert [row.state for row in status("prof", tmp_path)] == ["verified", "unchecked", "verified"]
     assert [row.state for row in verify("prof", tmp_path)] == ["verified", "wrong", "verified"]
     with pytest.raises(WeightsError, match="Move it away"):
-        download("prof", tmp_path, QUICK, progress=False)
+        download("prof", tmp_path, progress=False)
     damaged.write_bytes(data[1])
     (tmp_path / "verified.json").unlink()  # files that were copied by hand: nothing to fetch, all to be verified
     assert not plan("prof", tmp_path).files and "3 file(s) are there" in str(plan("prof", tmp_path))
-    assert {row.state for row in download("prof", tmp_path, QUICK, progress=False)} == {"verified"}
+    assert {row.state for row in download("prof", tmp_path, progress=False)} == {"verified"}
     assert len(server.requests) == served and str(plan("prof", tmp_path)) == "Nothing to download: all is there."
 
 
 def test_offline_mode_and_small_disk(server, tmp_path, monkeypatch):
-    small_catalogue(server, monkeypatch, [{"name": "f.bin", "bytes": 10}])
+    small_catalogue(server, monkeypatch, [{"name": "f.dat", "bytes": 10}])
     monkeypatch.setattr("spgdd.weights.download.is_offline_mode", lambda: True)
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
-        download("part", tmp_path, QUICK, progress=False)
+        download("part", tmp_path, progress=False)
     assert not server.requests
-    small_catalogue(server, monkeypatch, [{"name": "f.bin", "bytes": 10**18}])
+    small_catalogue(server, monkeypatch, [{"name": "f.dat", "bytes": 10**18}])
     with pytest.raises(WeightsError, match="free on the disk"):
-        download("part", tmp_path, QUICK, progress=False)
+        download("part", tmp_path, progress=False)
 
 
 def test_a_known_wrong_file_is_named(server, tmp_path, monkeypatch):
-    data, _ = published(server, "f.bin", 100)
-    small_catalogue(server, monkeypatch, [{"name": "f.bin", "bytes": 100}])
+    data, _ = published(server, "f.dat", 100)
+    small_catalogue(server, monkeypatch, [{"name": "f.dat", "bytes": 100}])
     catalog._data()["known_wrong"][hashlib.sha256(data).hexdigest()] = "Vicuna-7B v1.1"
     with pytest.raises(WeightsError, match="it is Vicuna-7B v1.1"):
-        download("part", tmp_path, QUICK, progress=False)
+        download("part", tmp_path, progress=False)
 
 
 HUB = """
 import sys
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000
 from spgdd.weights.catalog import File
 from spgdd.weights.download import fetch
 from pathlib import Path

@@ -77,7 +77,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
 
 
 def test_table_and_panel(tmp_path):
-    html = status_table([FileStatus("a/<b>.bin", "x", "wrong", 12, "two < three")])
+    html = status_table([FileStatus("a/<b>.bin", "wrong", 12, "two < three")])
     assert "a/&lt;b&gt;.bin" in html and "two &lt; three" in html
     panel = status_panel("anomalygpt-mvtec", tmp_path)
     table, buttons, _ = panel.children

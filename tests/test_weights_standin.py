@@ -5,10 +5,11 @@ import zipfile
 
 import pytest
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
-from spgdd.tensors import STANDIN, TensorFile, is_standin, read_tensors, split
+from spgdd.tensors import STANDIN, TensorFile, is_standin, read_tensors, spec_bytes
 from spgdd.weights.catalog import get_bundle
 from spgdd.weights.delta import apply_delta
 from spgdd.weights.download import download
@@ -44,15 +45,12 @@ def test_pandagpt_13b_has_the_published_size():
 def test_llama_index_has_the_published_length(name, bytes, shards):
     """The index as transformers writes it has as many bytes as the published one: same names, same shards."""
     specs = bundle_specs(get_bundle(name))
-    groups = split(specs, 10**10)
-    assert len(groups) == shards
-    weight_map = {
-        key: f"pytorch_model-{i:05d}-of-{len(groups):05d}.bin"
-        for i, group in enumerate(groups, 1)
-        for key in group
-    }
+    split = split_state_dict_into_shards_factory(
+        specs, get_storage_size=spec_bytes, max_shard_size=10**10, filename_pattern="pytorch_model{suffix}.bin"
+    )
+    assert len(split.filename_to_tensors) == shards
     total = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
     assert len(json.dumps(index, indent=2, sort_keys=True)) + 1 == bytes
 
 

@@ -11,11 +11,12 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
-from spgdd.tensors import STANDIN, TensorFile, is_standin, write_safetensors
+from spgdd.tensors import STANDIN, TensorFile, is_standin, write_tensors
 from spgdd.weights.llama import llama_specs, recognise
 from spgdd.weights.merge import merge_vicuna
 from spgdd.weights.verify import status, verify
@@ -216,8 +217,12 @@ def test_writer_and_reader_agree_with_safetensors(tmp_path):
         "c": torch.tensor(2.0),
         "d": torch.zeros(0, 4),
     }
+    metadata = {"k": "v", "another": "one", "format": "pt"}
+    digest = write_tensors(tmp_path / "x.safetensors", tensors, metadata)
+    assert digest == write_tensors(tmp_path / "again.safetensors", tensors, metadata)  # safetensors shuffles metadata
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == metadata
     specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
-    digest = write_safetensors(tmp_path / "x.safetensors", specs, tensors.items(), {"k": "v"})
     assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
     loaded, file = load_file(tmp_path / "x.safetensors"), TensorFile(tmp_path / "x.safetensors")
     for name, value in tensors.items():

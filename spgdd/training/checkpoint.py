@@ -12,11 +12,9 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save as serialise
-
 from spgdd.errors import SpgddError
-from spgdd.files import whole_file, write_json
-from spgdd.tensors import read_tensors
+from spgdd.files import write_json
+from spgdd.tensors import read_tensors, write_tensors
 from spgdd.training.worker import MOMENTS, State
 
 FILES = {"value": "delta.safetensors"} | {kind: f"{kind}.safetensors" for kind in MOMENTS}
@@ -30,8 +28,7 @@ def save(folder: Path, state: State, position: dict, metadata: dict[str, str], k
     if not final.exists():
         partial = final.with_suffix(".part")
         for kind, name in FILES.items():
-            with whole_file(partial / name) as file:
-                file.write(serialise(dict(state[kind]), metadata))
+            write_tensors(partial / name, state[kind], metadata)
         write_json(partial / "position.json", position)
         partial.rename(final)
     for old in every(folder)[:-keep]:

@@ -1,10 +1,12 @@
 """The catalogue: which files a profile needs, where they are published, how to verify each (catalog.json)."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from math import inf
+from pathlib import Path
 
 from spgdd.errors import WeightsError
 
@@ -24,6 +26,22 @@ class File:
         """Bytes to plan with: exact, rounded or 0 when nothing is published."""
         return self.bytes or self.about_bytes or 0
 
+    @property
+    def most(self) -> float:
+        """The most bytes that it can have: a rounded size is 2 % off, a small text differs from mirror to mirror."""
+        if self.bytes is None:
+            return self.size + max(0.02 * self.size, 100_000) if self.size else inf
+        return self.bytes
+
+    def wrong_size(self, size: int) -> str:
+        """What is published instead of `size` bytes; nothing if they fit."""
+        fits = 2 * self.size - self.most <= size <= self.most
+        return "" if fits else f"published are {'about ' * (self.bytes is None)}{self.size:,}"
+
+    def partial(self, root: Path) -> Path:
+        """Where a download of it grows until it is verified."""
+        return root / f"{self.path}.part"
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -33,10 +51,10 @@ class Bundle:
     title: str
     folder: str  # relative to the weights folder
     licence: str
-    notebooks: tuple[str, ...]  # numbers of the notebooks that use it
+    notebooks: Sequence[str]  # numbers of the notebooks that use it
     contents: dict  # "kind": shipped, imagebind, llama, llama-delta, pandagpt or anomalygpt; and its sizes
     files: tuple[File, ...]
-    recipe: tuple[str, ...] = ()  # bundles that it can be merged from
+    recipe: Sequence[str] = ()  # bundles that it can be merged from
 
     @property
     def size(self) -> int:
@@ -55,17 +73,17 @@ def names() -> tuple[list[str], list[str]]:
 
 def get_bundle(name: str) -> Bundle:
     """One bundle by name. Raises WeightsError that lists the known names."""
-    data = _data()["bundles"].get(name)
-    if data is None:
-        profiles, bundles = names()
+    profiles, bundles = names()
+    if name not in bundles:
         raise WeightsError(f"There are no weights called {name!r}. Profiles: {', '.join(profiles)}. "
                            f"Parts: {', '.join(bundles)}.")
-    files = tuple(File(path=f"{data['folder']}/{file['name']}",
-                       sources=tuple(source.replace("{name}", file["name"]) for source in data["sources"]),
-                       **{key: value for key, value in file.items() if key != "name"})
-                  for file in data["files"])
-    return Bundle(name, data["title"], data["folder"], data["licence"], tuple(data["notebooks"]),
-                  data["contents"], files, tuple(data.get("recipe", ())))
+    data = dict(_data()["bundles"][name])
+    links, files = data.pop("sources"), []
+    for entry in data.pop("files"):
+        path = entry["name"]
+        known = {key: value for key, value in entry.items() if key != "name"}
+        files.append(File(f"{data['folder']}/{path}", tuple(link.replace("{name}", path) for link in links), **known))
+    return Bundle(name, files=tuple(files), **data)
 
 
 def get_bundles(wanted: str | Iterable[str]) -> list[Bundle]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spgdd.errors import WeightsError
-from spgdd.tensors import write_safetensors
+from spgdd.tensors import write_tensors
 
 
 def apply_delta(module: nn.Module, state: Mapping[str, Tensor],
@@ -31,28 +31,17 @@ def apply_delta(module: nn.Module, state: Mapping[str, Tensor],
                              for name in state.keys() & own.keys() if state[name].shape != own[name].shape],
         "not finite": [name for name, value in state.items() if not value.isfinite().all()],
     }
-    if any(problems.values()):
-        found = " ".join(_listing(what, names) for what, names in problems.items() if names)
-        raise WeightsError(f"The delta does not fit this model. {found} Do delta and profile belong together "
-                           "(size of the language model, LoRA rank)?")
+    found = [f"{len(names)} {what}: {'; '.join(sorted(names)[:8])}{'; ...' * (len(names) > 8)}."
+             for what, names in problems.items() if names]
+    if found:
+        raise WeightsError(f"The delta does not fit this model. {' '.join(found)} Do delta and profile belong "
+                           "together (size of the language model, LoRA rank)?")
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
 
 
 def save_delta(module: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write the trainable tensors of `module` and `metadata` (in the header) to a `.safetensors` file.
-
-    The file appears under its name only when it is complete, so that a stopped run leaves the previous one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().cpu()
-               for name, parameter in module.named_parameters() if parameter.requires_grad}
-    specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
-    write_safetensors(path, specs, tensors.items(), metadata)
-
-
-def _listing(what: str, names: Collection[str]) -> str:
-    shown = sorted(names)[:8] + ["..."] * (len(names) > 8)
-    return f"{len(names)} {what}: {'; '.join(shown)}."
+    """Write the trainable tensors of `module` and `metadata` (in the header) to a `.safetensors` file."""
+    write_tensors(path, {name: parameter for name, parameter in module.named_parameters()
+                         if parameter.requires_grad}, metadata)

@@ -1,48 +1,38 @@
-"""Downloads that end in a verified file or a reason: resumed at any byte, mirrors in turn.
+"""Downloads that end in a verified file or a reason.
 
-Addresses, token (HF_TOKEN), endpoint (HF_ENDPOINT), proxies, offline mode (HF_HUB_OFFLINE) and session are
-those of huggingface_hub. The bytes are fetched here, because its `hf_hub_download` (seen in 2.4) deletes a
-partial file when it is interrupted, and starts anew.
+huggingface_hub's `http_get` fetches, resumes and shows progress, with its token (HF_TOKEN), endpoint
+(HF_ENDPOINT), proxies, timeout (HF_HUB_DOWNLOAD_TIMEOUT) and offline mode (HF_HUB_OFFLINE). Made here: verification,
+the turns of the mirrors, and partial files, since `hf_hub_download` deletes its own when it is interrupted.
 """
 
-import json
 import os
 import re
-import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
+from io import BufferedWriter, FileIO
+from math import inf
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from huggingface_hub import hf_hub_url, is_offline_mode
-from huggingface_hub.utils import build_hf_headers, get_session
-from tqdm.auto import tqdm
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of httpx in 1.x, of httpx2 in 2.x
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils.tqdm import silent_tqdm
 
-from spgdd.errors import WeightsError
+from spgdd.errors import SpgddError, WeightsError
 from spgdd.profiles import weights_folder
-from spgdd.tensors import is_standin, part_path, write_json
+from spgdd.tensors import is_standin
 from spgdd.weights.catalog import File, readable
 from spgdd.weights.plan import plan
 from spgdd.weights.verify import FileStatus, check_file, recheck, remember, status
 
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to insist before the next mirror is tried."""
-
-    attempts: int = 6  # failures in a row without a new byte
-    first_wait: float = 1.0  # seconds after the first failure; doubles with each
-    longest_wait: float = 60.0  # seconds, also where the server asks for more
-    timeout: float = 30.0  # seconds without a byte that count as a failure
+WAITS = (1, 2, 4, 8, 16)  # seconds between attempts at one source, after failures in a row without a new byte
 
 
-PATIENCE = Patience()
-
-
-def download(names: str | Sequence[str], root: str | Path | None = None, patience: Patience = PATIENCE,
-             workers: int = 3, progress: bool = True) -> list[FileStatus]:
+def download(names: str | Sequence[str], root: str | Path | None = None, workers: int = 3,
+             progress: bool = True) -> list[FileStatus]:
     """Fetch what is missing for the profiles or bundles named, and return the state of all their files.
 
     Files that are there already are verified and kept; stand-ins are replaced. `workers` files are fetched at
@@ -51,14 +41,14 @@ def download(names: str | Sequence[str], root: str | Path | None = None, patienc
     """
     root = weights_folder(root)
     todo = plan(names, root)
+    if todo.files and todo.fetch_bytes + 1e8 > todo.free_bytes:
+        raise WeightsError(f"{readable(todo.fetch_bytes)} are to be fetched, {readable(todo.free_bytes)} "
+                           "are free on the disk. Make room, or give another root.")
     if todo.files or todo.unchecked:
-        if todo.files and todo.fetch_bytes + 1e8 > todo.free_bytes:
-            raise WeightsError(f"{readable(todo.fetch_bytes)} are to be fetched, {readable(todo.free_bytes)} "
-                               "are free on the disk. Make room, or give another root.")
         root.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(root / ".download.lock", timeout=0):
-                problems = _fetch_all(todo.unchecked + todo.files, root, patience, workers, progress)
+                problems = _fetch_all(todo.unchecked + todo.files, root, workers, progress)
         except Timeout:
             raise WeightsError(f"Another download is running in {root}. Wait for it or stop it.") from None
         if problems:
@@ -66,32 +56,28 @@ def download(names: str | Sequence[str], root: str | Path | None = None, patienc
     return status(names, root)
 
 
-def _fetch_all(files: list[File], root: Path, patience: Patience, workers: int, progress: bool) -> list[str]:
-    stop, problems = threading.Event(), []
-
-    def one(file: File) -> None:
-        try:
-            fetch(file, root, patience, progress, stop)
-        except WeightsError as error:
-            problems.append(f"{file.path}: {error}")
-        except OSError as error:
-            problems.append(f"{file.path}: cannot be written ({error.strerror or error})")
-
+def _fetch_all(files: list[File], root: Path, workers: int, progress: bool) -> list[str]:
+    stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
+        jobs = {file.path: pool.submit(fetch, file, root, WAITS, progress, stop) for file in files}
         try:
-            list(pool.map(one, files))
-        except BaseException:  # Ctrl-C: let the threads end at the next chunk, keep what they have
+            wait(jobs.values())
+        finally:  # after Ctrl-C: let the threads end at the next chunk, keep what they have
             stop.set()
             pool.shutdown(cancel_futures=True)
-            raise
+    problems = []
+    for path, job in jobs.items():
+        try:
+            job.result()
+        except SpgddError as error:
+            problems.append(f"{path}: {error}")
     return problems
 
 
-def fetch(file: File, root: Path, patience: Patience = PATIENCE, progress: bool = True,
+def fetch(file: File, root: Path, waits: Sequence[float] = WAITS, progress: bool = True,
           stop: threading.Event | None = None) -> None:
     """Bring one file under its final name, verified, or raise WeightsError with the reason of each source."""
-    target, stop = root / file.path, stop or threading.Event()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target, part, stop = root / file.path, file.partial(root), stop or threading.Event()
     if target.exists():
         try:
             recheck(root, file)
@@ -102,19 +88,17 @@ def fetch(file: File, root: Path, patience: Patience = PATIENCE, progress: bool 
     if is_offline_mode():
         raise WeightsError("missing, and offline mode is on (HF_HUB_OFFLINE). Copy it by hand as "
                            "pretrained_ckpt/README.md describes, or switch offline mode off.")
-    reasons, unit = [], {"unit": "B", "unit_scale": True}
-    with tqdm(total=file.size or None, desc=file.path, disable=not progress, **unit) as bar:
-        for source in file.sources:
-            try:
-                record = _from_source(source, file, target, patience, bar, stop)
-            except _Refused as refusal:
-                reasons.append(f"{source}: {refusal}")
-                continue
-            part_path(target).replace(target)
-            _note(target).unlink(missing_ok=True)
-            remember(root, file.path, record)
-            bar.set_postfix_str(record["checked"])
-            return
+    reasons = []
+    for source in file.sources:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            record = _from_source(source, file, part, waits, progress, stop)
+            part.replace(target)
+            return remember(root, file.path, record)
+        except _Refused as refusal:
+            reasons.append(f"{source}: {refusal}")
+        except OSError as error:
+            raise WeightsError(f"cannot be written ({error.strerror or error})") from error
     raise WeightsError("; ".join(reasons) or "missing; it is part of this repository: restore it with git")
 
 
@@ -122,95 +106,73 @@ class _Refused(Exception):
     """This source will not give the file; the next one is tried."""
 
 
-class _Interrupted(Exception):
-    """This attempt failed; what arrived is kept, the source tried again (after `wait` seconds if given)."""
-
-    def __init__(self, reason: str, wait: float | None = None):
-        super().__init__(reason)
-        self.wait = wait
-
-
-def _note(target: Path) -> Path:  # beside a partial file: which version of the file it is the beginning of
-    return target.with_name(target.name + ".part.json")
-
-
-def _from_source(source: str, file: File, target: Path, patience: Patience, bar: tqdm,
+def _from_source(source: str, file: File, part: Path, waits: Sequence[float], progress: bool,
                  stop: threading.Event) -> dict:
-    """Fetch until verified; returns the record for the registry."""
-    part, failures, wrong, furthest = part_path(target), 0, 0, 0
-    while True:
+    """Fetch until verified; returns what is to be remembered of the file."""
+    failures = furthest = wrong = 0
+    while failures <= len(waits):
+        stop.wait((0, *waits)[failures])
         try:
-            hub = _transfer(source, file, target, patience.timeout, bar, stop)
-            try:
-                return check_file(part, file, hub)
-            except WeightsError as error:
-                _discard(target)
-                wrong, furthest = wrong + 1, 0
-                if wrong == 2:
-                    raise _Refused(f"sent a wrong file twice: {error}") from None
-                raise _Interrupted(str(error)) from None
-        except _Interrupted as interruption:
-            have = part.stat().st_size if part.exists() else 0
-            failures = 0 if have > furthest else failures + 1
-            furthest = max(furthest, have)
-            if failures >= patience.attempts:
-                raise _Refused(f"{interruption} ({failures} failures in a row)") from None
-            wait = patience.first_wait * 2**failures if interruption.wait is None else interruption.wait
-            stop.wait(min(wait, patience.longest_wait))
+            return check_file(part, file, _transfer(source, file, part, progress, stop))
+        except WeightsError as error:
+            part.unlink()
+            reason, furthest, wrong = str(error), 0, wrong + 1
+            if wrong == 2:
+                raise _Refused(f"sent a wrong file twice: {error}") from None
+        except HfHubHTTPError as error:
+            code = error.response.status_code
+            reason = f"the server answered {code}"
+            if code in (401, 403):
+                raise _Refused(f"access denied ({code}): accept the licence on its page and set HF_TOKEN") from None
+            if code == 416:  # it has no such part, so what is here is of another file
+                part.unlink(missing_ok=True)
+            elif code not in (408, 425, 429) and code < 500:
+                raise _Refused(reason + ": no such file there" * (code in (404, 410))) from None
+        except HTTPError as error:
+            reason = f"the connection broke ({type(error).__name__}: {error})"
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None):  # of the disk; what http_get itself finds wrong has no number
+                raise
+            part.unlink(missing_ok=True)
+            reason = f"sent other bytes than it was asked for ({str(error).splitlines()[0]})"
+        have = part.stat().st_size if part.exists() else 0
+        failures = 0 if have > furthest else failures + 1
+        furthest = max(furthest, have)
+    raise _Refused(f"{reason} ({failures} failures in a row)")
 
 
-def _transfer(source: str, file: File, target: Path, timeout: float, bar: tqdm,
-              stop: threading.Event) -> dict:
-    """One request that continues the partial file. Returns the hashes that the hub states."""
-    part = part_path(target)
-    note = json.loads(_note(target).read_text()) if _note(target).exists() else {}
-    hashed = file.sha256 or file.md5  # then parts may come from any source, the whole is verified
-    have = part.stat().st_size if part.exists() and (hashed or note.get("etag")) else 0
-    total = file.bytes or note.get("bytes")
-    if total is not None and have == total:
-        return note.get("hub", {})
-    url, headers = address(source)
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    session = get_session()
-    # huggingface_hub 1.x works with httpx, 2.x with httpx2: the same classes under another name
-    http_error = sys.modules[type(session).__module__.partition(".")[0]].HTTPError
+def _transfer(source: str, file: File, part: Path, progress: bool, stop: threading.Event) -> str | None:
+    """Continue the partial file to its end. Returns the hash that the hub states, if the source is there."""
+    (url, headers), hub = address(source), source.startswith("hf:")
     try:
-        with session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-            if response.status_code not in (200, 206):
-                raise _refusal(response, target)
-            start, total, version = _announced(response, source)
-            expected = file.bytes or file.about_bytes or 0
-            if total is not None and (total != expected if file.bytes else
-                                      expected > 1e6 and abs(total / expected - 1) > 0.02):
-                raise _Refused(f"announces a file of {total:,} bytes, published are {expected:,}")
-            if start > have or (start and not hashed and note["etag"] != version["etag"]):
-                _discard(target)
-                raise _Interrupted("the server has another version of the file than was begun")
-            write_json(_note(target), version)
-            _receive(response, part, start, total, bar, stop)
-    except http_error as error:
-        raise _Interrupted(f"the connection broke ({type(error).__name__}: {error})") from None
-    return version["hub"]
-
-
-def _receive(response, part: Path, start: int, total: int | None, bar: tqdm, stop: threading.Event) -> None:
-    bar.total, bar.n = total or bar.total, start
-    with open(part, "r+b" if start else "wb") as out:
-        out.seek(start)
-        for chunk in response.iter_raw():
-            out.write(chunk)
-            bar.update(len(chunk))
-            if stop.is_set():
-                raise _Refused("stopped")
-            if total is not None and out.tell() > total:
-                out.truncate(0)
-                raise _Interrupted(f"the server sent more than the {total:,} bytes it announced")
-        received = out.tell()
+        stated = get_hf_file_metadata(url, token=None if hub else False)
+        size = stated.size if hub or stated.location == url else None  # of a redirect it is that of the answer
+    except (HTTPError, ValueError):
+        if hub:
+            raise
+        size = None  # a server that knows no HEAD; whether it has the file, http_get will find out
+    if size is not None and (published := file.wrong_size(size)):
+        raise _Refused(f"announces a file of {size:,} bytes, {published}")
+    with _Partial(FileIO(part, "ab")) as out:
+        out.limit, out.stop = min(file.most, inf if size is None else size), stop
+        if out.tell() > out.limit or not (file.sha256 or file.md5 or hub):
+            out.truncate(out.seek(0))  # without a hash nothing would show that halves of two versions were put together
+        http_get(url, out, resume_size=out.tell(), headers=headers, expected_size=file.bytes or size,
+                 displayed_filename=file.path, tqdm_class=None if progress else silent_tqdm)
         out.flush()
         os.fsync(out.fileno())
-    if total is not None and received < total:
-        raise _Interrupted(f"the server stopped after {received:,} of {total:,} bytes")
+    return stated.etag if hub else None
+
+
+class _Partial(BufferedWriter):
+    """A partial file that takes no more bytes than the whole has, and none once the download is stopped."""
+
+    def write(self, data) -> int:
+        if self.stop.is_set():
+            raise _Refused("stopped")
+        if self.tell() + len(data) > self.limit:
+            raise ValueError(f"more than the {self.limit:,.0f} of the file")
+        return super().write(data)
 
 
 def address(source: str) -> tuple[str, dict]:
@@ -220,41 +182,3 @@ def address(source: str) -> tuple[str, dict]:
     kind, repository, revision, path = re.fullmatch(r"hf:(?:(space|dataset)s/)?([^@]+)@([^/]+)/(.+)", source).groups()
     url = hf_hub_url(repository, path, repo_type=kind, revision=revision)
     return url, build_hf_headers() | {"Accept-Encoding": "identity"}
-
-
-def _announced(response, source: str) -> tuple[int, int | None, dict]:
-    """(first byte that will arrive, size of the whole file, note on its version)."""
-    start, total = 0, response.headers.get("content-length")
-    if response.status_code == 206:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("content-range", ""))
-        if not found:
-            raise _Interrupted("the server sent a part without saying which")
-        start, total = found.groups()
-    etag, hub = response.headers.get("etag", ""), {}
-    if source.startswith("hf:"):  # the hub's own answers state the hash, not those of its storage hosts
-        chain = (*response.history, response)
-        own = [x.headers for x in chain if x.url.host == chain[0].url.host]
-        stated = [headers.get("x-linked-etag") or headers.get("etag") for headers in own]
-        etag = next((text.removeprefix("W/").strip('"') for text in stated if text), etag)
-        if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", etag):
-            hub = {"sha256" if len(etag) == 64 else "git_sha1": etag}
-    total = int(total) if total else None
-    return int(start), total, {"etag": etag, "bytes": total, "hub": hub}
-
-
-def _refusal(response, target: Path) -> Exception:
-    code = response.status_code
-    if code == 416:
-        _discard(target)
-        return _Interrupted("the server has no such part of the file")
-    if code in (408, 425, 429) or code >= 500:
-        wait = response.headers.get("retry-after", "")
-        return _Interrupted(f"the server answered {code}", float(wait) if wait.isdigit() else None)
-    if code in (401, 403):
-        return _Refused(f"access denied ({code}): accept the licence on its page and set HF_TOKEN")
-    return _Refused(f"the server answered {code}" + (": no such file there" if code in (404, 410) else ""))
-
-
-def _discard(target: Path) -> None:
-    for path in (part_path(target), _note(target)):
-        path.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ import psutil
 
 from spgdd.errors import WeightsError
 from spgdd.profiles import PROFILES, weights_folder
-from spgdd.tensors import part_path
 from spgdd.weights.catalog import Bundle, File, readable
 from spgdd.weights.verify import missing_bundles, status
 
@@ -31,8 +30,8 @@ class Plan:
             return " ".join(["Nothing to download: all is there.", *there])
         lines = [f"{x.title} ({readable(x.size)})\n    licence: {x.licence}" for x in self.bundles]
         fetch, free = readable(self.fetch_bytes), readable(self.free_bytes)
-        lines += [f"{len(self.files)} file(s), {fetch} to fetch; {free} free on the disk."]
-        return "\n".join(lines + there + self.notes)
+        return "\n".join([*lines, f"{len(self.files)} file(s), {fetch} to fetch; {free} free on the disk.",
+                          *there, *self.notes])
 
 
 def plan(names: str | Sequence[str], root: str | Path | None = None) -> Plan:
@@ -42,24 +41,22 @@ def plan(names: str | Sequence[str], root: str | Path | None = None) -> Plan:
     """
     names, root = [names] if isinstance(names, str) else names, weights_folder(root)
     bundles = missing_bundles(names, root)
-    refuse_strangers(bundles, root)
-    states = {row.path: row.state for bundle in bundles for row in status(bundle.name, root)}
+    refuse_other_weights(bundles, root)
+    states = {row.path: row.state for row in status([bundle.name for bundle in bundles], root)}
     files = [file for bundle in bundles for file in bundle.files]
     unchecked = [file for file in files if states.get(file.path) == "unchecked"]
-    files = [file for file in files if states.get(file.path) not in ("verified", "accepted", "unchecked")]
-    parts = [part_path(root / file.path) for file in files]
-    there = sum(part.stat().st_size for part in parts if part.exists())
+    missing = [file for file in files if states.get(file.path) not in ("verified", "accepted", "unchecked")]
+    begun = sum(file.partial(root).stat().st_size for file in missing if file.partial(root).exists())
     existing = next(folder for folder in [root.absolute(), *root.absolute().parents] if folder.exists())
-    notes, ram = [], psutil.virtual_memory().total
-    for need in {PROFILES[name].gpu_gb for name in names if name in PROFILES}:
-        verdict = ": too little without a GPU." if ram < need * 1e9 else "."
-        notes.append(f"To run it in 16 bits: about {need} GB of GPU memory, or of RAM without a GPU; this "
-                     f"machine has {readable(ram)} of RAM{verdict}")
-    return Plan(bundles, files, unchecked, max(sum(file.size for file in files) - there, 0),
+    ram = psutil.virtual_memory().total
+    notes = [f"To run it in 16 bits: about {need} GB of GPU memory, or of RAM without a GPU; this machine has "
+             f"{readable(ram)} of RAM{': too little without a GPU.' if ram < need * 1e9 else '.'}"
+             for need in {PROFILES[name].gpu_gb for name in names if name in PROFILES}]
+    return Plan(bundles, missing, unchecked, max(sum(file.size for file in missing) - begun, 0),
                 shutil.disk_usage(existing).free, notes)
 
 
-def refuse_strangers(bundles: Iterable[Bundle], root: Path) -> None:
+def refuse_other_weights(bundles: Iterable[Bundle], root: Path) -> None:
     """Raise WeightsError where another Vicuna lies in a folder to be filled: a loader might take that one."""
     for bundle in bundles:
         known = {root / file.path for file in bundle.files}
