@@ -20,6 +20,9 @@ from spgdd.errors import SpgddError
 
 METHODS = ("leave-one-out", "augmentations", "none")
 ENOUGH = 2  # pictures expected above a threshold before it is an order statistic
+# Standard errors between the threshold and "defective": WIDE / pictures, from 1 to WIDEST. Chosen on photographs, where
+# good ones of a surface or light that a few normal pictures do not show score far above any threshold made of these.
+WIDE, WIDEST = 16, 4
 AREA = 0.01  # share of a normal picture that may lie above the outline of regions
 COPIES = ((12, 0.9, 1.1), (20, 1.1, 1.1), (20, 0.9, 0.9), (12, 1.1, 0.9))  # pixels of 224 cut off, brightness, contrast
 
@@ -74,11 +77,12 @@ class Calibration:
 
     @property
     def guess(self) -> bool:
-        """Whether the pictures are too few to tell, and nothing else is known."""
-        return not self.measured and 0 < self.pictures < 4
+        """Whether the pictures are too few to tell."""
+        return 0 < self.pictures < 4
 
     def limits(self, false_alarm_rate: float) -> Limits:
-        """That share of normal pictures exceeds ``threshold``; unsure is within one standard error of it.
+        """That share of normal pictures exceeds ``threshold``; unsure is from one standard error below it to ``WIDE``
+        of them above it, so that "defective" can be relied on where few pictures are known.
 
         Raises SpgddError unless 0 < false_alarm_rate < 0.5.
         """
@@ -94,7 +98,7 @@ class Calibration:
 def upper_bound(
     values: tuple[float, ...], pictures: int, rate: float, largest: float, measured: bool = True
 ) -> tuple[float, float, float]:
-    """What one more normal picture exceeds with probability ``rate``; one standard error below it, and above.
+    """What one more normal picture exceeds with probability ``rate``; one standard error below it, and some above.
 
     ``values``, 0 to ``largest``, are of ``pictures`` different pictures, or of copies of a single one.
     """
@@ -114,7 +118,8 @@ def upper_bound(
     if pictures * rate >= ENOUGH:
         threshold = odds[ceil((pictures + 1) * (1 - rate)) - 1]
     margin = sqrt(error**2 + (stats.norm.isf(rate) * spread) ** 2 / (2 * freedom))
-    return tuple(float(largest * special.expit(threshold + sign * margin)) for sign in (0, -1, 1))
+    wide = min(max(WIDE / pictures, 1), WIDEST)
+    return tuple(float(largest * special.expit(threshold + errors * margin)) for errors in (0, -1, wide))
 
 
 def altered_copies(pixels: Tensor) -> list[Tensor]:

@@ -21,6 +21,7 @@ from spgdd.profiles import PROFILES
 from spgdd.reference import Reference, build_reference, digest_of, load_reference
 from spgdd.report import card, places, preview, save_report
 from spgdd.views import Region, Views
+from spgdd.whole import Whole
 
 if TYPE_CHECKING:
     from spgdd.language import Answer
@@ -44,6 +45,7 @@ class Diagnosis:
     calibration: Calibration
     false_alarm_rate: float
     regions: tuple[Region, ...]  # strongest first; none where the verdict is normal
+    comparable: bool  # whether the picture as a whole is like the normal ones; one that is not gets no verdict
     notes: tuple[str, ...]  # what whoever acts on the verdict must know about the picture
     timings: dict[str, float]  # seconds per stage
     views: Views
@@ -84,7 +86,8 @@ class Diagnosis:
 
     def at(self, false_alarm_rate: float) -> "Diagnosis":
         """The same map judged at another false-alarm rate; nothing is encoded again."""
-        judged = judge(self.score, self.square_map, self.calibration.limits(false_alarm_rate), self.views)
+        limits = self.calibration.limits(false_alarm_rate)
+        judged = judge(self.score, self.square_map, limits, self.views, self.comparable)
         moved = replace(self, false_alarm_rate=false_alarm_rate, **judged)
         return moved if self._reply else replace(moved, text=sentence(moved))
 
@@ -99,6 +102,7 @@ class Diagnosis:
             "size": [self.views.width, self.views.height],
             "product": self.product,
             "verdict": self.verdict,
+            "comparable": self.comparable,
             "score": _rounded(self.score),
             "threshold": _rounded(self.limits.threshold),
             "unsure_between": [_rounded(self.limits.low), _rounded(self.limits.high)],
@@ -197,7 +201,8 @@ class Diagnoser:
         square_map = square_map.cpu().numpy()
         if not np.isfinite(square_map).all():
             raise SpgddError(f"{image_name(image)}: the map is not finite; load with dtype=torch.float32.")
-        judged = judge(score, square_map, limits, views)
+        unlike = Whole.of(pixels[0], seen).unlike(normals.whole) if normals else []
+        judged = judge(score, square_map, limits, views, not unlike)
         watch.lap("map")
 
         reply = None
@@ -210,6 +215,12 @@ class Diagnoser:
                 )
 
         notes = list(picture.info["notes"])
+        if unlike:
+            notes.insert(0, f"as a whole it is unlike the normal pictures ({', '.join(unlike)}), so it was not judged: "
+                            "is it the same product, before the same camera, in the same light?")  # fmt: skip
+        if normals and normals.groups > 1:
+            notes.append(f"the normal pictures fall into {normals.groups} groups that look unlike each other: give "
+                         "four or more of each, or a memory for each")  # fmt: skip
         if model.standins:
             files = ", ".join(model.standins)
             notes.insert(0, f"made with stand-in weights (random values: {files}): says nothing about the part")
@@ -223,8 +234,8 @@ class Diagnoser:
             image=image_name(image), product=product, profile=model.profile.name,
             normals=normals.normals if normals else (), question="", text="", yes=None,
             history=tuple(tuple(turn) for turn in history), score=score, calibration=calibration,
-            false_alarm_rate=false_alarm_rate, notes=tuple(notes), timings=watch.laps, views=views,
-            square_map=square_map, preview=preview(picture), _reply=reply, **judged,
+            false_alarm_rate=false_alarm_rate, comparable=not unlike, notes=tuple(notes), timings=watch.laps,
+            views=views, square_map=square_map, preview=preview(picture), _reply=reply, **judged,
         )  # fmt: skip
         if reply is None:
             return replace(found, text=sentence(found))
@@ -241,9 +252,10 @@ def load(profile: str = "mini", **options) -> Diagnoser:
     return Diagnoser(load_model(profile, **options))
 
 
-def judge(score: float, square_map: np.ndarray, limits: Limits, views: Views) -> dict:
+def judge(score: float, square_map: np.ndarray, limits: Limits, views: Views, comparable: bool = True) -> dict:
     """Verdict and regions within limits, as fields of ``Diagnosis``."""
     verdict = "normal" if score < limits.low else "defective" if score > limits.high else "unsure"
+    verdict = verdict if comparable else "unsure"
     regions = () if verdict == "normal" else views.regions(square_map, limits.outline, limits.low)
     return {"limits": limits, "verdict": verdict, "regions": regions}
 
@@ -251,6 +263,8 @@ def judge(score: float, square_map: np.ndarray, limits: Limits, views: Views) ->
 def sentence(diagnosis: Diagnosis) -> str:
     """What a map says in words, for a model that has no language part."""
     d = diagnosis
+    if not d.comparable:
+        return f"As a whole the picture is unlike the normal ones of this {d.product}, so its map says nothing."
     if d.verdict == "normal":
         return f"By the map alone: nothing on this {d.product} looks unlike the normal pictures."
     certainty = "looks" if d.verdict == "defective" else "may look"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from spgdd.model import SPGDD, Seen
 from spgdd.sealed import seal, unseal
 from spgdd.selfprompt import MemoryBank
 from spgdd.views import Views, check_tiles
+from spgdd.whole import Whole
 
 FORMAT = "spgdd-memory-3"
 HELD_OUT = 64  # at most so many normal pictures are scored against the others
@@ -31,11 +33,17 @@ class Reference:
     normals: tuple[str, ...]  # names
     bank: MemoryBank = field(repr=False)
     calibration: Calibration = field(repr=False)
+    whole: Whole = field(repr=False)  # what they look like as whole pictures
     digests: frozenset[str] = field(repr=False)  # of the pixels: a query can be one of the normals
     tiles: int  # a picture is seen whole and in tiles x tiles parts; 1: only whole
     profile: str  # of the model that made it
     vision: str = field(repr=False)  # fingerprint of the vision tower that made the entries
     trained: str = field(repr=False)  # fingerprint of the trained weights that the scores depend on
+
+    @cached_property
+    def groups(self) -> int:
+        """Into how many groups the normal pictures fall that look unlike each other."""
+        return self.whole.groups()
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one ``.safetensors`` file, whole or not at all; ``load_reference`` reads it."""
@@ -43,7 +51,8 @@ class Reference:
         about = {"product": self.product, "normals": self.normals, "digests": sorted(self.digests), "tiles": self.tiles,
                  "profile": self.profile, "vision": self.vision, "trained": self.trained, "rotate": bank.rotate,
                  "scales": bank.scales, "pictures": bank.normals, "calibration": asdict(self.calibration)}  # fmt: skip
-        tensors = {"tokens": bank.tokens.cpu().contiguous(), "origin": bank.origin.cpu().contiguous()}
+        tensors = {"tokens": bank.tokens.cpu().contiguous(), "origin": bank.origin.cpu().contiguous(),
+                   "light": self.whole.light, "look": self.whole.look}  # fmt: skip
         with whole_file(path) as file:
             file.write(seal(tensors, {"format": FORMAT, "about": json.dumps(about)}))
         return Path(path)
@@ -69,7 +78,12 @@ def read_reference(path: str | Path) -> Reference:
         if not all(isinstance(text, str) for text in texts) or len(names) != bank.normals:
             raise ValueError(f"{len(names)} names of {bank.normals} pictures")
         check_tiles(about["tiles"])
-        return Reference(normals=tuple(names), digests=frozenset(digests), bank=bank,
+        whole = Whole(tensors["light"], tensors["look"])
+        if whole.light.shape != (len(names), 4) or whole.look.shape != (len(names), bank.tokens.shape[3]):
+            raise ValueError(f"{tuple(whole.light.shape)} and {tuple(whole.look.shape)} measures of whole pictures")
+        if not all(part.dtype == torch.float32 and part.isfinite().all() for part in whole):
+            raise ValueError("measures of whole pictures that are not finite")
+        return Reference(normals=tuple(names), digests=frozenset(digests), bank=bank, whole=whole,
                          calibration=Calibration(**values), **about)  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError, SpgddError) as error:
         raise WeightsError(f"{path} does not hold what a memory file holds ({error}). {AGAIN}") from error
@@ -115,6 +129,7 @@ def build_reference(
     if new := [digest for digest in pictures if digest not in known]:
         known |= zip(new, model.look([pictures[digest][2] for digest in new], rotate), strict=True)
     names, views, pixels = zip(*pictures.values(), strict=True)
+    whole = Whole.join([Whole.of(pixels[i][0], known[digest]) for i, digest in enumerate(pictures)])
     patches = torch.stack([known[digest].patches for digest in pictures])  # (K, R, V, L, N, D)
     origin = torch.arange(len(names)).repeat_interleave(patches.shape[1] * patches.shape[2])
     bank = model.memory.build(patches.flatten(0, 2), rotate, budget, origin)
@@ -139,8 +154,8 @@ def build_reference(
         largest=2.0 if model.comparison is None else 1.0,
         measured=profile.measured,
     )
-    return Reference(product, names, bank, calibration, frozenset(pictures), tiles, profile.name, model.fingerprint,
-                     fingerprint(model))  # fmt: skip
+    made_by = profile.name, model.fingerprint, fingerprint(model)
+    return Reference(product, names, bank, calibration, whole, frozenset(pictures), tiles, *made_by)
 
 
 def read_normals(normals, profile, tiles: int) -> dict[str, tuple[str, Views, list[Tensor]]]:

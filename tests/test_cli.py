@@ -40,7 +40,8 @@ def test_a_line_per_picture(folder, capsys):
     assert run("parts", "--normal", "good", "--product", "plate") == 0
     out, err = capsys.readouterr()
     good, bad = (line.split("  ") for line in out.splitlines())
-    assert good[:2] == ["parts/a.png", "normal"] and good[3:] == ["-", "No, there is no anomaly."]
+    assert good[:2] == ["parts/a.png", "normal"] and good[3:5] == ["-", "No, there is no anomaly."]
+    assert good[5:] == ["(its threshold is a guess, from 3 normal picture(s): give four or more)"]
     assert bad[:2] == ["parts/b.png", "defective"] and bad[3].startswith("bottom right ")
     score, threshold = map(float, bad[2].split(" / "))
     assert score > threshold and err == ""

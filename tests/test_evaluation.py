@@ -120,7 +120,7 @@ def test_verdicts_are_counted_and_never_guessed():
         regions = [{"place": place}] if place else []
         score = {"normal": 1, "unsure": 2.5, "defective": 3}[verdict]
         return {"kind": kind, "verdict": verdict, "answer": answer, "places": places, "regions": regions,
-                "score": score, "threshold": 2, "cut": False, **more}  # fmt: skip
+                "score": score, "threshold": 2, "cut": False, "unlike": False, **more}  # fmt: skip
 
     found = verdict_metrics([
         picture("good", "normal", "No, there is no anomaly."),
@@ -134,7 +134,8 @@ def test_verdicts_are_counted_and_never_guessed():
         picture("combined", "unsure", "", ("top",), "bottom"),
     ])  # fmt: skip
     assert found == pytest.approx({
-        "map_overkill": 25, "map_miss": 20, "map_unsure": 300 / 9, "map_above_threshold": 50, "map_place": 50,
+        "map_overkill": 25, "map_miss": 20, "map_unsure": 300 / 9, "map_unlike": 0, "map_above_threshold": 50,
+        "map_place": 50,
         "text_accuracy": 400 / 9, "text_balanced": (25 + 60) / 2, "text_overkill": 25, "text_miss": 20,
         "text_unparsed": 300 / 9, "text_cut": 0, "text_place": 100 / 3, "text_kind": 200 / 3,
     })  # fmt: skip

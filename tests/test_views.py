@@ -54,7 +54,7 @@ def test_marker_is_found_where_it_is(size, fit, corner):
         (whole - seen) / 2 + p / 2 + c * (seen - p) for whole, seen, p, c in zip(size, span, patch, corner, strict=True)
     )
     found = diagnoser.diagnose(
-        part(size, [(x, y, patch[0] / 2, patch[1] / 2)]), [part(size, seed=s) for s in (1, 2, 3)]
+        part(size, [(x, y, patch[0] / 2, patch[1] / 2)]), [part(size, seed=s) for s in (1, 2, 3, 4)]
     )
     assert found.anomaly_map.shape == (size[1], size[0])
     assert marker_error(found, x, y, patch).max() < 0.15

@@ -120,8 +120,9 @@ def share(flags: Iterable[bool]) -> float | None:
 def verdict_metrics(pictures: Sequence[dict]) -> dict[str, float | None]:
     """Metrics of the map's calibrated verdict and, where pictures have an ``answer``, of the text.
 
-    Overkill is the share of good pictures called defective, miss that of defective ones called good; unsure
-    verdicts and answers without a clear Yes or No are counted apart, as wrong in accuracies. A place is right
+    Overkill is the share of good pictures called defective, miss that of defective ones called good; unsure verdicts
+    (among them pictures unlike the normal ones as a whole; "unlike" is the share of good ones) and answers without a
+    clear Yes or No are counted apart, as wrong in accuracies. A place is right
     where at least one is named (by the map: that of the strongest region) and each one named holds a defect;
     only true positives count. So with the kind, where the answer could know it.
     """
@@ -132,6 +133,7 @@ def verdict_metrics(pictures: Sequence[dict]) -> dict[str, float | None]:
         "map_overkill": share(p["verdict"] == "defective" for p in good),
         "map_miss": share(p["verdict"] == "normal" for p in bad),
         "map_unsure": share(p["verdict"] == "unsure" for p in pictures),
+        "map_unlike": share(p["unlike"] for p in good),
         "map_above_threshold": share(p["score"] > p["threshold"] for p in good),
         "map_place": share(p["regions"][0]["place"] in p["places"] for p in flagged),
     }

@@ -30,6 +30,7 @@ from spgdd.prefetch import prefetched, results
 from spgdd.profiles import Profile
 from spgdd.reference import build_reference
 from spgdd.views import Views
+from spgdd.whole import Whole
 
 BATCH = 32  # pictures decoded and seen together
 TOKENS = 64  # longest answer
@@ -144,6 +145,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     for batch in load_batches(task.queries, model.profile):
         seen, count = model.look([loaded.pixels for loaded in batch]), batch[0].views.count
         patches = torch.cat([one.patches[0] for one in seen])  # (B*V, L, N, D)
+        wholes = [Whole.of(loaded.pixels[0], one) for loaded, one in zip(batch, seen, strict=True)]
         embedding, told = (torch.stack([getattr(one, name) for one in seen]) for name in ("embedding", "told"))
         for key, reference in sets.items():
             bank = reference.bank if reference else None
@@ -154,11 +156,12 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                 own = evidence[number * count : (number + 1) * count]
                 score, square_map, prompt_map = views.join(own, model.profile.score_share)
                 square_map = square_map.cpu().numpy()
-                judged = judge(score, square_map, limits[key], views)
+                unlike = bool(reference and wholes[number].unlike(reference.whole))
+                judged = judge(score, square_map, limits[key], views, not unlike)
                 prompt_maps.append(prompt_map)
                 records.append({
                     "picture": picture.name, "kind": picture.kind, "places": loaded.places, "score": score,
-                    "threshold": limits[key].threshold, "verdict": judged["verdict"],
+                    "threshold": limits[key].threshold, "verdict": judged["verdict"], "unlike": unlike,
                     "regions": [asdict(region) for region in judged["regions"][:3]],
                 })  # fmt: skip
                 if picture.kind == "good" or loaded.coverage is not None:
