@@ -22,7 +22,7 @@ from miniworld.world import (
 )
 from spgdd.data.words import conversation, names_of
 from spgdd.errors import DataError
-from spgdd.files import write_json
+from spgdd.files import whole_file, write_json
 
 ATTEMPTS = 20  # photographs tried for one that shows its defect
 QUALITY = 88  # of JPEG files
@@ -111,12 +111,11 @@ def write_folder(folder: str | Path, pictures: Iterable[tuple[str, Sample]], kin
     folder, records = Path(folder), []
     for name, sample in pictures:
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sample.image).save(path, quality=QUALITY)
+        with whole_file(path) as file:
+            Image.fromarray(sample.image).save(file, "JPEG", quality=QUALITY)
         if sample.mask.any():
-            mask = path.parents[2] / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
-            mask.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sample.mask).save(mask, optimize=True)
+            with whole_file(path.parents[2] / "ground_truth" / path.parent.name / f"{path.stem}_mask.png") as file:
+                Image.fromarray(sample.mask).save(file, "PNG", optimize=True)
         records.append(record(name, sample, kinds))
     write_json(folder / "TADD_text.json", records, indent=1)
     return records

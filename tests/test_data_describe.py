@@ -141,6 +141,88 @@ def test_pandagpt_instructions_and_wrong_files(tmp_path):
         read_records(tmp_path / "none.json", tmp_path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_text_in_any_unicode_is_read(tmp_path, encoding):
+    Image.new("RGB", (8, 8)).save(tmp_path / "Prüfteil.png")
+    talk = [{"from": "human", "value": "Größe?"}, {"from": "gpt", "value": "小"}]
+    path = tmp_path / "text.json"
+    path.write_text(json.dumps([{"image_name": "Prüfteil.png", "conversation": talk}], ensure_ascii=False), encoding)
+    (record,) = read_records(path, tmp_path)
+    assert record.conversation == talk and record.image.is_file()
+    path.write_bytes("[\"Größe\"]".encode("latin-1"))
+    with pytest.raises(DataError, match="text.json is no Unicode text .* Save it as UTF-8"):
+        read_records(path, tmp_path)
+
+
+OUTSIDE = ["../secret.png", "/etc/passwd", "a/../../b.png", "..", "..\\b.png", "C:/b.png", "C:b.png"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "text.json"
+    talk = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    path.write_text(json.dumps([{"image_name": name, "conversation": talk}]))
+    with pytest.raises(DataError, match="record 0: image_name .* leads out"):
+        read_records(path, tmp_path / "images")
+
+
+def test_damaged_text_is_refused_or_says_the_same(tmp_path):
+    """300 mutations of bytes, keys, values and records: an error, or the same images with as many turns."""
+    rng = random.Random(0)
+    entries = []
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+        turns = range(2 + 2 * (number % 3))
+        talk = [{"from": ("human", "gpt")[i % 2], "value": f"sentence {i} of {number}"} for i in turns]
+        entries.append({"image_name": f"{number}.png", "conversation": talk})
+    whole, path = json.dumps(entries, indent=1).encode(), tmp_path / "text.json"
+    expected = [(entry["image_name"], len(entry["conversation"])) for entry in entries]
+    junk = [None, 0, -1, 1e400, True, "", "x", [], {}, [None], {"a": 1}]
+    junk += ["../0.png", "/", ".", "\0", "a" * 5000, "\ud800"]
+    outcomes = {"refused": 0, "same": 0}
+    for trial in range(300):
+        changed = json.loads(whole)
+        row = rng.choice(changed)
+        turn = rng.choice(row["conversation"])
+        kind = trial % 10
+        if kind == 0:
+            data = bytearray(whole)
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data = whole[: rng.randrange(len(whole))]
+        elif kind == 2:
+            at = rng.randrange(len(whole))
+            data = whole[:at] + rng.randbytes(3) + whole[at:]
+        elif kind == 3:
+            data = whole.replace(b'"image_name": "3.png"', b'"image_name": "3.png", "image_name": "4.png"')
+        elif kind == 4:
+            data = b"[" * rng.randrange(1, 200_000)
+        else:
+            if kind == 5:
+                row[rng.choice(("image_name", "conversation"))] = rng.choice(junk)
+            elif kind == 6:
+                turn[rng.choice(("from", "value"))] = rng.choice(junk[:5] + junk[7:11])
+            elif kind == 7:
+                turn.pop(rng.choice(("from", "value")))
+            elif kind == 8:
+                row.pop(rng.choice(("image_name", "conversation")))
+            else:
+                row["conversation"].insert(rng.randrange(3), rng.choice(junk))
+            data = json.dumps(changed).encode()
+        path.write_bytes(data)
+        try:
+            read = read_records(path, tmp_path)
+        except DataError as error:
+            assert path.name in str(error) and len(str(error)) < 500
+            outcomes["refused"] += 1
+            continue
+        assert [(record.image.name, len(record.conversation)) for record in read] == expected, data
+        outcomes["same"] += 1
+    assert outcomes["refused"] > 250 and outcomes["same"], outcomes
+
+
 def test_commands(folder, capsys):
     def run(*words):
         return cli.main(["tadd", *map(str, words)]), capsys.readouterr().out

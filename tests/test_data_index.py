@@ -5,7 +5,9 @@ import functools
 import hashlib
 import json
 import shutil
+import tarfile
 import threading
+import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spgdd.data.download import DATASETS, about, download
+from spgdd.data.download import DATASETS, about, download, unpack
 from spgdd.data.index import index_folder
 from spgdd.data.masks import read_mask
-from spgdd.errors import DataError, WeightsError
+from spgdd.errors import DataError, SpgddError, WeightsError
 
 SPLIT_HEADER = "object,split,label,image,mask"
 
@@ -258,6 +260,40 @@ def test_save(tmp_path):
     index.save(tmp_path / "index.json")
     saved = json.loads((tmp_path / "index.json").read_text())
     assert len(saved["rows"]) == 4 and saved["problems"] == []
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "file/index.csv", "folder"])
+def test_an_index_that_cannot_be_written_is_one_line(tmp_path, where):
+    index = index_folder(mvtec(tmp_path / "data"))
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SpgddError, match="cannot be written"):
+        index.save(tmp_path / where)
+    assert (tmp_path / "file").read_text() == "kept" and not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_or_swollen_archive_is_removed(tmp_path):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("large.png", bytes(10_000_000))
+    with pytest.raises(DataError, match="more than 20 times its size.*removed"):
+        unpack(archive)
+    assert not archive.exists() and not (tmp_path / "large.png").exists()
+    shutil.make_archive(str(tmp_path / "b"), "xztar", mvtec(tmp_path / "data"))
+    whole = (tmp_path / "b.tar.xz").read_bytes()
+    for name, data in {"b.tar.xz": whole[:-200], "c.zip": b"<html>", "d.tar.xz": b"<html>", "e.tar": b""}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=f"{name} is damaged"):
+            unpack(tmp_path / name)
+        assert not (tmp_path / name).exists()
+    (tmp_path / "f.tar.xz").write_bytes(whole)
+    unpack(tmp_path / "f.tar.xz")
+    assert (tmp_path / "bottle" / "train" / "good" / "000.png").is_file()
+    with tarfile.open(tmp_path / "g.tar", "w") as file:
+        file.add(tmp_path / "bottle" / "readme.txt", "../outside.txt")
+    with pytest.raises(DataError, match="g.tar is damaged"):
+        unpack(tmp_path / "g.tar")
+    assert not (tmp_path.parent / "outside.txt").exists()
 
 
 def test_nothing_known(tmp_path):

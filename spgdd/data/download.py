@@ -4,14 +4,18 @@ The links, sizes, hashes and licences are data, in ``datasets.json``.
 """
 
 import json
+import lzma
 import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from spgdd.errors import DataError
 
+MOST_BYTES = 20  # times an archive's size; pictures hardly shrink, their masks do
+MOST_FILES = 1_000_000  # of an archive
 CATALOG = json.loads(Path(__file__).with_name("datasets.json").read_text(encoding="utf-8"))
 DATASETS = {entry["name"]: entry for entry in CATALOG}
 
@@ -51,13 +55,37 @@ def download(name: str, root: str | Path = "data/TADD") -> Path:
 
 
 def unpack(archive: Path) -> None:
-    """Unpack a .zip, .tar or .tar.xz beside itself; the standard library refuses paths to elsewhere."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(archive.parent)
-    elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as file:
-            file.extractall(archive.parent, filter="data")
+    """Unpack a .zip, .tar, .tar.gz or .tar.xz beside itself; the standard library refuses paths to elsewhere.
+
+    Raises DataError, and removes the archive, where it is damaged or holds far more than an archive of pictures does.
+    """
+    left = {"bytes": MOST_BYTES * archive.stat().st_size, "files": MOST_FILES}
+
+    def counted(size: int) -> None:
+        left["bytes"] -= size
+        left["files"] -= 1
+        if min(left.values()) < 0:
+            raise ValueError(f"more than {MOST_BYTES} times its size, or than {MOST_FILES} files")
+
+    def member(info: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        counted(info.size)
+        return tarfile.data_filter(info, folder)
+
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as file:
+                for info in file.infolist():
+                    counted(info.file_size)
+                file.extractall(archive.parent)
+        elif ".tar" in archive.suffixes:
+            with tarfile.open(archive) as file:
+                file.extractall(archive.parent, filter=member)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
+        archive.unlink()
+        raise DataError(f"{archive} is damaged or no archive of pictures ({error}). It was removed; "
+                        "run the command again.") from error  # fmt: skip
+    except OSError as error:
+        raise DataError(f"{archive} cannot be unpacked ({error.strerror or error}). It was kept.") from error
 
 
 def _size(entry: dict) -> int:
