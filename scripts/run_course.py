@@ -35,8 +35,9 @@ class Run:
 
 
 def course() -> list[Path]:
-    """The numbered notebooks, in reading order."""
-    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    """The numbered notebooks in reading order, then the appendices."""
+    folder = ROOT / "notebooks"
+    return [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *sorted(folder.glob("appendix/[A-Z]_*.ipynb"))]
 
 
 def run(path: Path, profile: str = "mini", timeout: float = CELL_TIMEOUT) -> Run:
@@ -95,8 +96,8 @@ def indent(text: str) -> str:
 def normalise(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The committed form of an executed notebook: the same outputs give the same bytes on every machine.
 
-    Drops execution times, every cell metadata but tags, widget state and views, and stderr (progress bars and
-    warnings, which name folders of the machine); joins the pieces that a stream happened to arrive in; writes
+    Drops execution times, every metadata but tags and alternative texts, widget state and views, and stderr (progress
+    bars and warnings, which name folders of the machine); joins the pieces that a stream happened to arrive in; writes
     paths inside the repository as seen from notebooks/.
     """
     notebook = nbformat.from_dict(notebook)
@@ -127,12 +128,18 @@ def normalise_outputs(outputs: list) -> list:
         elif "data" in output:
             if any("jupyter.widget" in mime for mime in output.data):
                 continue
-            output.metadata = nbformat.from_dict({})
+            output.metadata = nbformat.from_dict({mime: {"alt": alt} for mime, alt in alternative_texts(output)})
             for mime, value in output.data.items():
                 if mime.startswith("text/"):
                     output.data[mime] = relative_paths(value)
         kept.append(output)
     return kept
+
+
+def alternative_texts(output: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """What an output's pictures say to whoever cannot see them: (mime type, text)."""
+    about = ((mime, values.get("alt")) for mime, values in output.metadata.items() if isinstance(values, dict))
+    return [(mime, alt) for mime, alt in about if alt]
 
 
 def relative_paths(text: str) -> str:

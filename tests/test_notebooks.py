@@ -299,6 +299,12 @@ def test_write_refuses_outputs_of_another_profile(monkeypatch, capsys):
     assert "mini profile only" in capsys.readouterr().err
 
 
+def test_alternative_texts_stay_when_outputs_are_normalised():
+    picture = new_output("display_data", {"image/png": "AAAA"}, metadata={"image/png": {"alt": "a gear", "width": 3}})
+    cleaned = run_course.normalise(new_notebook(cells=[new_code_cell("pass", outputs=[picture])]))
+    assert cleaned.cells[0].outputs[0].metadata == {"image/png": {"alt": "a gear"}}
+
+
 def test_streams_join_and_repository_paths_become_relative():
     outputs = [stream("one "), stream(f"{run_course.ROOT}/runs/x.json\n")]
     cleaned = run_course.normalise(new_notebook(cells=[new_code_cell("pass", outputs=outputs)]))

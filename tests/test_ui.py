@@ -1,6 +1,7 @@
 """The cells that every notebook begins with, and the pictures that notebooks share."""
 
 from io import BytesIO
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -8,16 +9,51 @@ import torch
 from PIL import Image
 
 from spgdd.errors import WeightsError
-from spgdd.ui.notebook import PIPELINE, environment, pipeline
-from spgdd.ui.plots import as_map, as_rgb, image_grid, mark_patches, overlay
+from spgdd.ui import figures, plots
+from spgdd.ui.drawing import ORANGE
+from spgdd.ui.notebook import check, environment, equal
+from spgdd.ui.plots import as_map, as_rgb, chart, compact, image_grid, mark_patches, overlay
 
 
 def test_pipeline_marks_the_steps_named_and_no_others():
-    svg = pipeline(("features", "map")).data
-    assert svg.count("you are here") == 2 and svg.count('fill="#c8253c"/>') == 2
-    assert all(name in svg for name, _ in PIPELINE.values())
+    svg = figures.pipeline("features", "map").data
+    assert svg.count(">you are here<") == 2 and svg.count(f'fill="{ORANGE}" stroke="none"') == 2
+    assert all(name in svg for name, _ in figures.STEPS.values())
     with pytest.raises(ValueError, match="no step training"):
-        pipeline("training")
+        figures.pipeline("training")
+
+
+DRAWN = [name for name, value in vars(figures).items() if hasattr(value, "__wrapped__")]
+PROMPT = [("text before", 30, "text"), ("map tokens", 18, "map")]
+
+
+@pytest.mark.parametrize("name", [*DRAWN, "prompt"])
+def test_figures_say_what_they_show_and_stay_inside_their_frame(name):
+    svg = (figures.prompt(PROMPT) if name == "prompt" else getattr(figures, name)()).data
+    root = ElementTree.fromstring(svg)
+    _, _, width, height = map(float, root.get("viewBox").split())
+    assert len(root.get("aria-label")) > 40 and "\n" not in root.get("aria-label")
+    for shape in root.iter("{*}text"):
+        x, y, size = (float(shape.get(key)) for key in ("x", "y", "font-size"))
+        length = 0.62 * size * len(shape.text or "")  # of the widest usual font
+        left = x - length * {"start": 0, "middle": 0.5, "end": 1}[shape.get("text-anchor")]
+        assert -2 <= left and left + length <= width + 12 and size * 0.7 <= y <= height, shape.text
+    for shape in root.iter("{*}rect"):
+        x, y, w, h = (float(shape.get(key) or 0) for key in ("x", "y", "width", "height"))
+        assert 0 <= x and x + w <= width and 0 <= y and y + h <= height
+
+
+def test_checks_say_what_holds_and_by_how_much(capsys):
+    check(1 < 2, "one is less than two")
+    equal(torch.ones(2), torch.tensor([1, 1 + 3e-5]), "both are ones", tolerance=1e-4)
+    assert capsys.readouterr().out == (
+        "✓ one is less than two\n✓ both are ones (largest difference below 1e-04)\n"
+    )
+    with pytest.raises(AssertionError, match="does not hold: one is more"):
+        check(1 > 2, "one is more than two")
+    for theirs in (torch.tensor([1.0, 1.1]), torch.tensor([1.0, torch.nan]), torch.ones(1, 2)):
+        with pytest.raises(AssertionError, match="both are ones"):
+            equal(torch.ones(2), theirs, "both are ones")
 
 
 def test_environment_says_device_precision_and_weights(capsys):
@@ -51,6 +87,7 @@ def test_overlay_colours_the_strong_part_and_outlines_the_mask_from_outside():
     assert np.array_equal(picture, before), "the caller's picture was drawn into"
     assert (result[:, :10] != 90).any(-1).all() and (result[0, 10:] == 90).all()
     assert (result[19, 30:50] == 255).all() and (result[mask] == 90).all()
+    assert (result[17, 30:50] == 0).all(), "a dark casing, so that the outline shows on bright pictures too"
 
 
 def test_marks_frame_the_patches_row_by_row():
@@ -68,3 +105,25 @@ def test_grid_is_a_small_jpeg_of_all_cells():
     jpeg = Image.open(BytesIO(image.data))
     assert jpeg.format == "JPEG" and len(image.data) < 20_000
     assert 250 < jpeg.width < 400 and 180 < jpeg.height < 300
+    assert image._repr_jpeg_()[1]["alt"] == "Pictures: one; two; a; b; c."
+
+
+def test_grid_of_maps_says_what_its_colours_mean(monkeypatch):
+    figures_made = []
+    monkeypatch.setattr(plots, "compact", lambda figure, alt: figures_made.append(figure))
+    maps, mask = [np.eye(4), np.ones((4, 4))], np.eye(4, dtype=bool)
+    image_grid(maps, limits=(0, 2), scale="distance")
+    image_grid(maps)
+    image_grid([mask])
+    shared, own, none = figures_made
+    assert [axis.get_ylabel() for axis in shared.axes] == ["", "", "distance"]
+    assert "each map from its lowest value" in own.get_supxlabel() and len(own.axes) == 2
+    assert none.get_supxlabel() == "" and len(none.axes) == 1, "a mask is black and white"
+
+
+def test_chart_tells_lines_apart_without_colours():
+    figure, (left, _) = chart(columns=2)
+    lines = [left.plot([0, 1], [0, number])[0] for number in range(3)]
+    left.set(xlabel="shots", ylabel="AUROC (%)")
+    assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == 3
+    assert "AUROC (%) over shots" in compact(figure)._repr_jpeg_()[1]["alt"]

@@ -1,46 +1,34 @@
-"""The first cells of every notebook of the course: where we are, and whether this machine is ready."""
+"""What the cells of the course share: whether this machine is ready, and checks that say what they found."""
 
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
-PIPELINE = {  # step: what it is, what comes out of it
-    "pictures": ("pictures", "query, normals"),
-    "features": ("ImageBind", "patch tokens"),
-    "map": ("memory, words", "anomaly map"),
-    "prompts": ("prompt learner", "prompt tokens"),
-    "language": ("Vicuna + LoRA", "answers"),
-    "diagnosis": ("diagnosis", "verdict, regions"),
-}
-BOX, GAP, HEIGHT = 128, 22, 54  # pixels of a step, between two, and of the row
+import torch
+
+from spgdd.ui import figures
+
+
+def check(fact, sentence: str) -> None:
+    """Print a sentence with a tick where it holds. Raises AssertionError with it where it does not."""
+    if not fact:
+        raise AssertionError(f"does not hold: {sentence}")
+    print(f"✓ {sentence}")
+
+
+def equal(ours, theirs, sentence: str, tolerance: float = 1e-3) -> None:
+    """``check`` that two tensors, or what becomes one, are equal; says by how much they differ, in powers of ten."""
+    ours, theirs = (torch.as_tensor(values).detach().float().cpu() for values in (ours, theirs))
+    if ours.shape != theirs.shape:
+        raise AssertionError(f"does not hold: {sentence}: shapes {tuple(ours.shape)} and {tuple(theirs.shape)}")
+    difference = (ours - theirs).abs().max().item()
+    below = next((10.0**power for power in range(-7, 4) if difference < 10.0**power), difference)
+    check(difference <= tolerance, f"{sentence} (largest difference below {below:.0e})")
 
 
 def pipeline(you_are_here: str | tuple[str, ...]):
-    """The system from left to right as an SVG picture, with one or several steps of PIPELINE marked."""
-    from IPython.display import SVG
-
-    here = (you_are_here,) if isinstance(you_are_here, str) else you_are_here
-    if unknown := set(here) - set(PIPELINE):
-        raise ValueError(f"no step {', '.join(sorted(unknown))} in the pipeline: choose of {', '.join(PIPELINE)}")
-    shapes = []
-    for number, (step, (name, result)) in enumerate(PIPELINE.items()):
-        left = number * (BOX + GAP)
-        middle, marked = left + BOX / 2, step in here
-        box, text = ("#c8253c", "#fff") if marked else ("#e9edf2", "#222")
-        shapes.append(
-            f'<rect x="{left}" y="22" width="{BOX}" height="{HEIGHT}" rx="9" fill="{box}"/>'
-            f'<text x="{middle}" y="45" font-weight="bold" fill="{text}">{name}</text>'
-            f'<text x="{middle}" y="64" font-size="12" fill="{text}">{result}</text>'
-        )
-        if marked:
-            shapes.append(f'<text x="{middle}" y="14" font-size="12" fill="#c8253c">you are here</text>')
-        if number:
-            shapes.append(f'<path d="M{left - GAP + 4} 49h12m-5 -5l5 5l-5 5" stroke="#888" fill="none"/>')
-    width = len(PIPELINE) * (BOX + GAP) - GAP
-    return SVG(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{HEIGHT + 26}" font-size="14" '
-        f'font-family="sans-serif" text-anchor="middle">{"".join(shapes)}</svg>'
-    )
+    """``figures.pipeline`` for notebooks that still call it so."""
+    return figures.pipeline(*([you_are_here] if isinstance(you_are_here, str) else you_are_here))
 
 
 def environment(profile, needs: Mapping[str | PathLike, str] | None = None) -> None:
@@ -51,7 +39,6 @@ def environment(profile, needs: Mapping[str | PathLike, str] | None = None) -> N
     """
     import platform
 
-    import torch
     import transformers
 
     from spgdd import __version__
