@@ -1,6 +1,7 @@
 """Pictures in: any file that a person hands over becomes RGB as they see it, or one clear error."""
 
 import glob
+import os
 import re
 import warnings
 from pathlib import Path
@@ -59,12 +60,18 @@ def read_header(path: str | Path) -> tuple[int, int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                # Pillow decodes all of a PNG to look for what may stand at its end.
-                none = image.format == "PNG" and b"eXIf" not in Path(path).read_bytes()
+                # Pillow decodes all of a PNG to look for EXIF data that may stand at its end.
+                none = image.format == "PNG" and "exif" not in image.info and not _exif_at_end(Path(path))
                 orientation = 1 if none else image.getexif().get(ORIENTATION, 1)
                 return *image.size, orientation if orientation in range(1, 9) else 1
     except Exception as error:  # as in read_image
         raise ImageError(f"{path}: not a picture that can be opened ({' '.join(str(error).split())}).") from error
+
+
+def _exif_at_end(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 1 << 17), os.SEEK_END)  # EXIF data have at most 64 KB
+        return b"eXIf" in file.read()
 
 
 def image_name(source) -> str:

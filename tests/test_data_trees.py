@@ -116,8 +116,14 @@ def test_the_table_of_turned_pictures(tmp_path):
     grow(tmp_path, "nut/train/good/0.png")
     path = tmp_path / "nut" / "train" / "good" / "1.jpg"
     Image.new("RGB", (20, 10), "red").save(path, exif=exif)
+    Image.new("RGB", (20, 10), "blue").save(path.with_name("2.png"), exif=exif)
+    whole = path.with_name("2.png").read_bytes()  # the same with its EXIF data at the end, as some programs write it
+    start = whole.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(whole[start : start + 4], "big")
+    late = whole[:start] + whole[end:-12] + whole[start:end] + whole[-12:]
+    path.with_name("3.png").write_bytes(late)
     sizes = {(row.image[-5:], row.width, row.height) for row in index_folder(tmp_path).rows}
-    assert sizes == {("0.png", 12, 8), ("1.jpg", 10, 20)}
+    assert sizes == {("0.png", 12, 8), ("1.jpg", 10, 20), ("2.png", 10, 20), ("3.png", 10, 20)}
 
 
 def test_names_that_are_no_utf8_are_indexed_saved_and_read_again(tmp_path):

@@ -29,7 +29,7 @@ def index(
         good, bad = (counts[subset, product, split, flag] for flag in (True, False))
         print(f"{subset:<26}{product:<26}{split:<8}{good:>7}{bad:>8}")
     for problem in table.problems:
-        print(f"{problem.kind}: {problem.path} ({problem.detail})")
+        print(problem)
     print(f"{len(table.rows)} images, {len(table.problems)} problems")
     if output:
         table.save(output)

@@ -49,7 +49,7 @@ def index_folder(folder: str | Path, split_csv: str | Path | None = None, check:
             f"No known layout in {folder} ({len(files)} files). MVTec's is PRODUCT/train/good, PRODUCT/test/TYPE and "
             "PRODUCT/ground_truth/TYPE; a folder `good` beside one for each defect type will do; "
             "`spgdd tadd download -h` lists what else is.",
-            *(f"{problem.kind}: {problem.path} ({problem.detail})" for problem in problems[:SHOWN]),
+            *map(str, problems[:SHOWN]),
         ]))  # fmt: skip
     index = Index(folder, rows, problems + _duplicates(folder, rows))
     return index.checked() if check else index

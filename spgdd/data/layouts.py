@@ -59,12 +59,7 @@ class Found:
     def kind(self) -> str:
         """The defect type, "good", or "" where only the mask can tell."""
         kind = self.groups.get("type", "").lower()
-        return "good" if is_good(kind) else self.layout.codes.get(kind, kind)
-
-
-def is_good(name: str) -> bool:
-    """Whether a folder of this name holds good pictures."""
-    return bool(re.fullmatch(GOOD, name, re.I))
+        return "good" if re.fullmatch(GOOD, kind) else self.layout.codes.get(kind, kind)
 
 
 @functools.cache
@@ -85,8 +80,8 @@ def recognise(files: Iterable[str]) -> list[Found]:
     files = sorted(files)
     places = defaultdict(list)  # where a mask may be: files by their path without case and ending, and by their folder
     for name in filter(is_mask, files):
-        folder, _, last = name.lower().rpartition("/")
-        for key in (name.lower(), name.lower().rpartition(".")[0], f"{folder}/"):
+        path = name.lower()
+        for key in (path, path.rpartition(".")[0], path.rpartition("/")[0] + "/"):
             places[key].append(name)
     folders = {part for name in places for part in name.split("/")[:-1]}
     found, masks = [], set()

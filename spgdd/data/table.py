@@ -43,6 +43,9 @@ class Problem:
     detail: str
     count: int = 1  # of files
 
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.path} ({self.detail})"
+
     @classmethod
     def of(cls, error: Exception, path: str, folder: Path) -> "Problem":
         """An error of reading ``path`` below ``folder``."""
@@ -101,7 +104,7 @@ class Index:
         ]
         for kind in counts:
             those = [problem for problem in self.problems if problem.kind == kind]
-            lines += [f"{kind}: {problem.path} ({problem.detail})" for problem in those[:SHOWN]]
+            lines += map(str, those[:SHOWN])
             if len(those) > SHOWN:
                 lines.append(f"{kind}: and {len(those) - SHOWN} more; `spgdd tadd index` lists all")
         return lines
