@@ -6,12 +6,16 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import spgdd.language.vicuna
 from conftest import FIXTURES, check
 from spgdd.errors import DataError, SpgddError, WeightsError
-from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna, encode_turns, fold_history
+from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna, decoding, encode_turns, fold_history
+from spgdd.loading import load_model
 from spgdd.tensors import read_tensors
 from spgdd.weights.delta import apply_delta
 
@@ -189,11 +193,18 @@ def test_generated_ids(vicuna, reference, images, name, monkeypatch):
         monkeypatch.setattr(vicuna, "stop_id", case["stop_id"])
     history = [("Describe the photo.", "It shows a bottle.")] if name == "history" else ()
     question = "What colour is it?" if name == "history" else case["prompt"]
-    seen = spy(monkeypatch, vicuna.llama_model, "generate")
+    prompt = vicuna._prompt
+
+    def watched(*inputs):
+        seen["prompt"] = prompt(*inputs)
+        return seen["prompt"]
+
+    seen = {}
+    monkeypatch.setattr(vicuna, "_prompt", watched)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         answer = vicuna.generate(images[name], question, history, max_new_tokens=case["max_new_tokens"])
-    check(f"pandagpt {name} prompt", seen["inputs_embeds"], reference[f"gen.{name}.inputs_embeds"], atol=1e-5)
+    check(f"pandagpt {name} prompt", seen["prompt"], reference[f"gen.{name}.inputs_embeds"], atol=1e-5)
     assert answer.ids == case["new_tokens"]
     assert answer.stopped == ("marker" if name == "stop" else "length")
     if name == "stop":  # only the marker goes; the published code drops one more token
@@ -246,6 +257,115 @@ def test_anomalygpt_prompt_and_answers(vicuna):
             prompt = vicuna._prompt(image, case["prompt"], prompts)
         check(f"anomalygpt {name} prompt", prompt, reference[f"{name}.inputs_embeds"], atol=1e-5)
         assert vicuna._answers([prompt], case["max_new_tokens"])[0].ids == case["new_tokens"]
+
+
+def transformers_ids(vicuna, prompts, max_new_tokens):
+    """What transformers' own `generate` continues prompts (1, S_i, H) with, up to the end of each answer."""
+    ends, longest = [vicuna.tokenizer.eos, vicuna.stop_id], max(prompt.shape[1] for prompt in prompts)
+    embeds = torch.cat([F.pad(prompt, (0, 0, longest - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - prompt.shape[1] for prompt in prompts]).long()
+    rows = vicuna.llama_model.generate(
+        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+        eos_token_id=ends, pad_token_id=vicuna.tokenizer.eos)
+    return [vicuna._answer(row, 0.0).ids for row in rows.tolist()]
+
+
+def test_200_answers_of_mini_are_those_of_transformers():
+    vicuna = load_model("mini", device="cpu").language
+    random, words = torch.Generator().manual_seed(0), ("metal nut", "part", "piece of woven cloth", "board")
+    asked = ("Is there any anomaly in the image?", "What is in the image?", "Where is the defect?",
+             "Describe the image.", "What kind of defect is it?")
+    images = F.normalize(torch.randn(200, vicuna.llama_proj.in_features, generator=random), dim=-1)
+    told = torch.randn(200, 28, vicuna.hidden, generator=random) * 0.05
+    questions = [f"This is a {words[i % 4]}. " * (i % 3) + asked[i % 5] for i in range(200)]
+    answers = [answer.ids for answer in vicuna.generate_batch(images, questions, told, max_new_tokens=32)]
+    with torch.no_grad():
+        prompts = [vicuna._prompt(vicuna._project(image), question, tokens) for image, question, tokens
+                   in zip(images, questions, told.split(1), strict=True)]
+    assert answers == sum((transformers_ids(vicuna, prompts[i:i + 40], 32) for i in range(0, 200, 40)), [])
+    assert len({len(ids) for ids in answers}) > 10 and len(set(map(tuple, answers))) > 50
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_an_answer_that_ends_makes_room_for_the_next(vicuna, reference, rows, monkeypatch):
+    monkeypatch.setattr(spgdd.language.vicuna, "ROWS", rows)
+    monkeypatch.setattr(vicuna, "stop_id", CASES["stop"]["stop_id"])
+    questions = [word * n for n in (1, 9, 4) for word in ("Hi? ", "What colour is it? ", "Is it broken? ")]
+    embeddings = reference["batch.vision_embedding"][[0, 1, 0, 1, 1, 0, 1, 0, 0]]
+    batch = vicuna.generate_batch(embeddings, questions, max_new_tokens=20)
+    single = [vicuna.generate(*asked, max_new_tokens=20) for asked in zip(embeddings, questions, strict=True)]
+    assert [answer[:3] for answer in batch] == [answer[:3] for answer in single]
+    assert len({len(answer.ids) for answer in batch}) > 1
+
+
+def test_a_quantised_or_spread_base_speaks_the_same_through_transformers(vicuna, reference, monkeypatch):
+    embeddings, questions = reference["batch.vision_embedding"], ["Hi?", CASES["plain"]["prompt"]]
+    expected = vicuna.generate_batch(embeddings, questions, max_new_tokens=20)
+    monkeypatch.setattr(vicuna.llama_model.get_base_model(), "hf_device_map", {"a": 0, "b": 1}, raising=False)
+    for found in (vicuna.generate_batch(embeddings, questions, max_new_tokens=20),
+                  [vicuna.generate(*asked, max_new_tokens=20) for asked in zip(embeddings, questions, strict=True)]):
+        assert [answer[:3] for answer in found] == [answer[:3] for answer in expected]
+        check("yes by transformers", [a.yes for a in found], [a.yes for a in expected], atol=1e-5)
+
+
+def test_a_stream_grows_to_the_answer_and_can_be_left(vicuna, images):
+    question = CASES["plain"]["prompt"]
+    whole = vicuna.generate(images["plain"], question, max_new_tokens=24)
+    parts = list(vicuna.stream(images["plain"], question, max_new_tokens=24))
+    assert [part.ids for part in parts] == [whole.ids[:n + 1] for n in range(24)] and parts[-1] == whole
+    stream = vicuna.stream(images["plain"], question, max_new_tokens=24)
+    assert next(stream).ids == whole.ids[:1]
+    assert vicuna.generate(images["plain"], "Hi?", max_new_tokens=3)  # while the stream waits
+    assert next(stream).ids == whole.ids[:2]
+    stream.close()
+    assert vicuna.generate(images["plain"], question, max_new_tokens=24) == whole
+
+
+def test_answers_follow_the_weights_and_leave_them_as_they_are(reference):
+    vicuna = panda()
+    image, question = reference["batch.vision_embedding"][0], CASES["plain"]["prompt"]
+
+    def said():
+        with torch.no_grad():
+            prompt = vicuna._prompt(vicuna._project(image), question, None)
+        answer = vicuna.generate(image, question, max_new_tokens=12)
+        assert [answer.ids] == transformers_ids(vicuna, [prompt], 12)
+        return answer.ids
+
+    before, state = said(), {name: value.clone() for name, value in vicuna.state_dict().items()}
+    assert said() == before and all(torch.equal(state[name], value) for name, value in vicuna.state_dict().items())
+    with vicuna.llama_model.disable_adapter():
+        assert said() != before
+    with torch.no_grad():
+        for name, value in vicuna.named_parameters():
+            if "lora_B" in name:
+                value.mul_(-3)
+    assert said() != before
+    vicuna.load_state_dict(state)
+    vicuna.double()  # all weights move
+    assert said() == before
+
+
+def test_what_is_drawn_has_the_chances_of_transformers(monkeypatch):
+    logits = torch.randn(1, 80, generator=torch.Generator().manual_seed(1)) * 2
+    warped = logits
+    for warper in (TemperatureLogitsWarper(0.7), TopKLogitsWarper(decoding.LIKELIEST), TopPLogitsWarper(0.8)):
+        warped = warper(None, warped)
+    torch.manual_seed(0)
+    drawn = decoding.choose(logits.expand(50_000, -1), temperature=0.7, top_p=0.8)
+    chances = torch.bincount(drawn, minlength=80) / len(drawn)
+    check("chances", chances, warped.softmax(-1)[0], atol=0.01)
+    assert ((chances > 0) == (warped[0] > -torch.inf)).all()
+    assert decoding.choose(logits, 0.0, 1.0) == logits.argmax()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_says_what_the_same_step_says_without_one(reference):
+    image, question = reference["batch.vision_embedding"][0].cuda(), CASES["plain"]["prompt"]
+    vicuna = panda().cuda()
+    captured = [vicuna.generate(image, question, max_new_tokens=24).ids for _ in range(2)]
+    assert vicuna._decoder.graph is not None
+    assert captured == [panda().generate(image.cpu(), question, max_new_tokens=24).ids] * 2
 
 
 def test_sampling_depends_on_the_seed(vicuna, images):

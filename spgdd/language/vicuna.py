@@ -4,8 +4,9 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
 
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.language.conversation import ASSISTANT, IGNORE, IMAGE_END, PROMPT_START, Answer, encode_turns, fold_history
+from spgdd.language.decoding import ROWS, Decoder, can_decode, choose, decode, generated
 from spgdd.language.tokenizer import LlamaTokenizer
 from spgdd.tensors import late_progress, to_device
 from spgdd.weights.llama import require_v0
@@ -47,9 +49,8 @@ class LanguageOutput(NamedTuple):
 class Vicuna(nn.Module):
     """A LLaMA language model with LoRA, and the projection of image vectors into its embedding space.
 
-    J is the width of an image vector, H that of the model, P the number of prompt tokens. The base may have
-    any precision or be quantised; LoRA and `llama_proj` are float32. Parameter names are those of PandaGPT's
-    checkpoints.
+    J is the width of an image vector, H that of the model, P the number of prompt tokens. The base may have any
+    precision or be quantised; LoRA and `llama_proj` are float32. Parameter names are those of PandaGPT's checkpoints.
     """
 
     def __init__(self, llama_model: LlamaForCausalLM, tokenizer: LlamaTokenizer, joint: int,
@@ -67,6 +68,7 @@ class Vicuna(nn.Module):
         self.stop_id = tokenizer.piece_id("##")  # of the "\n###" that ends an answer
         self.verdict_ids = [tokenizer.encode(word)[0] for word in ("Yes", "No")]
         self.pad_to = 1  # training sequences get a multiple of so many tokens: a compiled model wants few lengths
+        self._decoder: Decoder | None = None  # of the last answer, for the next one
         self.scored = 2048  # answer tokens whose logits are held at once: 0.6 GB with 32,000 pieces and gradients
 
     @classmethod
@@ -74,10 +76,10 @@ class Vicuna(nn.Module):
              quantize: Literal["8bit", "4bit"] | None = None, lora: LoraSettings = PUBLISHED) -> "Vicuna":
         """Read a merged base model (config.json, weights, tokenizer.model), in evaluation mode.
 
-        `dtype` is that of the base whatever the file holds. With `device_map`, for example `{"": "cuda:0"}`,
-        weights go to the device shard by shard. LoRA starts without effect and `llama_proj` random: load a
-        delta next. Raises WeightsError for a missing or damaged file and for a 7B or 13B base other than
-        Vicuna v0, SpgddError where the device's memory is too small.
+        `dtype` is that of the base whatever the file holds. With `device_map`, for example `{"": "cuda:0"}`, weights go
+        to the device shard by shard. LoRA starts without effect and `llama_proj` random: load a delta next. Raises
+        WeightsError for a missing or damaged file and for a 7B or 13B base other than Vicuna v0, SpgddError where the
+        device's memory is too small.
         """
         folder = Path(folder)
         quantization = _quantization(quantize, dtype)
@@ -96,8 +98,8 @@ class Vicuna(nn.Module):
         except (OSError, EOFError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
             raise WeightsError(f"The base model in {folder} is unreadable: {error}. {DOWNLOAD}") from error
         if missing := sorted(report["missing_keys"]):
-            raise WeightsError(f"The base model in {folder} lacks {len(missing)} tensors, the first is "
-                               f"{missing[0]}. {DOWNLOAD}")
+            found = f"{len(missing)} tensors, the first is {missing[0]}"
+            raise WeightsError(f"The base model in {folder} lacks {found}. {DOWNLOAD}")
         return cls(llama, LlamaTokenizer(folder / "tokenizer.model"), joint, lora).eval()
 
     @property
@@ -113,11 +115,11 @@ class Vicuna(nn.Module):
                      prompt_tokens: Tensor | None = None, max_length: int = 1024) -> LanguageOutput:
         """Next-token loss on the answers, averaged over all target tokens of the batch.
 
-        `image_embedding` (B, J) unit vectors, `conversations` one list of turns per image (see
-        `encode_turns`), `prompt_tokens` (B, P, H) or None. Without prompt tokens the layout is PandaGPT's.
-        With them it is AnomalyGPT's: `</Img> ` is tokenised on its own and they follow it. `max_length` cuts
-        the text after image and prompt tokens. A base in half precision computes in it, LoRA too. Raises
-        SpgddError when nothing is left to learn or the model is too short.
+        `image_embedding` (B, J) unit vectors, `conversations` one list of turns per image (see `encode_turns`),
+        `prompt_tokens` (B, P, H) or None. Without prompt tokens the layout is PandaGPT's. With them it is AnomalyGPT's:
+        `</Img> ` is tokenised on its own and they follow it. `max_length` cuts the text after image and prompt tokens.
+        A base in half precision computes in it, LoRA too. Raises SpgddError when nothing is left to learn or the model
+        is too short.
         """
         opening = IMAGE_END if prompt_tokens is None else ""
         rows = [encode_turns(self.tokenizer, turns, max_length, opening) for turns in conversations]
@@ -130,8 +132,8 @@ class Vicuna(nn.Module):
         learned = [(row * length + first + i - 1, target) for row, (_, targets) in enumerate(rows)
                    for i, target in enumerate(targets) if target != IGNORE]
         if not learned:
-            raise SpgddError(f"No answer is left in this batch after the cut to {max_length} tokens. Raise "
-                             "max_length or shorten the questions.")
+            raise SpgddError(f"No answer is left in this batch after the cut to {max_length} tokens. Raise max_length "
+                             "or shorten the questions.")
         ids = self._pad([ids for ids, _ in rows], self.tokenizer.eos, length - first)  # (B, T)
         places, wanted = self._beside(torch.tensor(learned)).unbind(1)  # (n,), (n,)
         embeds = torch.cat([prefix, self._embeddings(ids)], dim=1)  # (B, S, H)
@@ -152,27 +154,36 @@ class Vicuna(nn.Module):
         logits = self.llama_model.get_base_model().lm_head(hidden).float()  # (n, V)
         return F.cross_entropy(logits, wanted, reduction="sum"), (logits.detach().argmax(-1) == wanted).sum()
 
-    @torch.no_grad()
     def generate(self, image_embedding: Tensor, question: str, history: Sequence[tuple[str, str]] = (),
                  prompt_tokens: Tensor | None = None, max_new_tokens: int = 128, temperature: float = 0.0,
                  top_p: float = 1.0) -> Answer:
         """Answer one question.
 
-        `image_embedding` (J,) or (n, J): several inputs (images, thermal, audio) are projected each and
-        summed. `history` holds earlier (question, answer) pairs, `prompt_tokens` is (1, P, H) or None as in
-        `forward_loss`. Temperature 0 takes the likeliest token. The text comes without the marker that ends
-        an answer. Raises SpgddError for an empty question and for one that the model has no room for.
+        `image_embedding` (J,) or (n, J): several inputs (images, thermal, audio) are projected each and summed.
+        `history` holds earlier (question, answer) pairs, `prompt_tokens` is (1, P, H) or None as in `forward_loss`.
+        Temperature 0 takes the likeliest token. The text comes without the marker that ends an answer. Raises
+        SpgddError for an empty question and for one that the model has no room for.
         """
+        *_, answer = self.stream(image_embedding, question, history, prompt_tokens, max_new_tokens, temperature, top_p)
+        return answer
+
+    @torch.no_grad()
+    def stream(self, image_embedding: Tensor, question: str, history: Sequence[tuple[str, str]] = (),
+               prompt_tokens: Tensor | None = None, max_new_tokens: int = 128, temperature: float = 0.0,
+               top_p: float = 1.0) -> Iterator[Answer]:
+        """`generate` as it speaks: the answer so far after each token. Who stops listening stops it."""
         vector = self._project(image_embedding).sum(dim=0, keepdim=True)  # (1, H)
         prompt = self._prompt(vector, fold_history(history, question), prompt_tokens)
-        return self._answers([prompt], max_new_tokens, temperature, top_p)[0]
+        for _, ids, yes in self._spoken([prompt], max_new_tokens, temperature, top_p):
+            yield self._answer(ids, yes)
 
     @torch.no_grad()
     def generate_batch(self, image_embedding: Tensor, questions: Sequence[str],
                        prompt_tokens: Tensor | None = None, max_new_tokens: int = 128) -> list[Answer]:
         """Answer one question per image with the likeliest tokens: as one by one, in less time.
 
-        `image_embedding` (B, J), `questions` B texts, `prompt_tokens` (B, P, H) or None.
+        `image_embedding` (B, J), `questions` B texts, `prompt_tokens` (B, P, H) or None. Any number of images: one
+        that is answered makes room for the next.
         """
         tokens = [None] * len(questions) if prompt_tokens is None else prompt_tokens.split(1)
         prompts = [self._prompt(vector, fold_history((), question), token) for vector, question, token
@@ -222,29 +233,32 @@ class Vicuna(nn.Module):
             raise SpgddError(f"The conversation takes {length} tokens with the image, this language model "
                              f"holds {limit}. Shorten the question or drop the oldest turns.")
 
-    def _answers(self, prompts: list[Tensor], max_new_tokens: int, temperature: float = 0.0,
-                 top_p: float = 1.0) -> list[Answer]:
-        """Continue prompts (1, S_i, H), padded on the left so that all answers start in the same column."""
-        longest = max(prompt.shape[1] for prompt in prompts)
-        embeds = torch.cat([F.pad(p, (0, 0, longest - p.shape[1], 0)) for p in prompts])  # (B, S, H)
-        mask = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)  # (B, S)
-        for row, prompt in zip(mask, prompts, strict=True):
-            row[-prompt.shape[1]:] = 1
-        room = self.llama_model.config.max_position_embeddings - longest
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-        config = GenerationConfig(
-            max_new_tokens=min(max_new_tokens, room), bos_token_id=self.tokenizer.bos,
-            pad_token_id=self.tokenizer.eos, eos_token_id=[self.tokenizer.eos, self.stop_id], **sampling)
-        first: list[Tensor] = []
+    def _answers(self, prompts: list[Tensor], max_new_tokens: int) -> list[Answer]:
+        """The likeliest answers to prompts (1, S_i, H)."""
+        last = {number: (ids, yes) for number, ids, yes in self._spoken(prompts, max_new_tokens)}
+        return [self._answer(*last[number]) for number in range(len(prompts))]
 
-        def listen(ids: Tensor, logits: Tensor) -> Tensor:
-            if not first:
-                first.append(logits[:, self.verdict_ids].float().softmax(-1)[:, 0])
-            return logits
-
-        rows = self.llama_model.generate(
-            inputs_embeds=embeds, attention_mask=mask, generation_config=config, logits_processor=[listen])
-        return [self._answer(row, yes) for row, yes in zip(rows.tolist(), first[0].tolist(), strict=True)]
+    def _spoken(self, prompts: list[Tensor], max_new_tokens: int, temperature: float = 0.0,
+                top_p: float = 1.0) -> Iterator[tuple[int, list[int], float]]:
+        """After each token the number of its prompt (1, S_i, H), the ids so far, and how likely Yes was."""
+        llama, room = self.llama_model.get_base_model(), self.llama_model.config.max_position_embeddings
+        limits = [min(max_new_tokens, room - prompt.shape[1]) for prompt in prompts]
+        asked = [prompt[0] for prompt in prompts], limits, {self.tokenizer.eos, self.stop_id}
+        rows, yes, decoder = min(len(prompts), ROWS), {}, None
+        if can_decode(llama):
+            length = max(prompt.shape[1] + limit for prompt, limit in zip(prompts, limits, strict=True))
+            decoder, self._decoder = self._decoder, None  # another thread that asks meanwhile makes its own
+            if decoder is None or not decoder.fits(rows, length):
+                decoder = Decoder(llama, len(self.tokenizer), rows, length)
+            tokens = decode(decoder, *asked, partial(choose, temperature=temperature, top_p=top_p))
+        else:
+            tokens = generated(self.llama_model, *asked, temperature, top_p)
+        for number, ids, logits in tokens:
+            if logits is not None:
+                yes[number] = logits[self.verdict_ids].float().softmax(-1)[0].item()
+            yield number, ids, yes[number]
+        if rows == 1:  # a batch gives its memory back
+            self._decoder = decoder
 
     def _answer(self, ids: list[int], yes: float) -> Answer:
         """Generated ids up to the first end; only the end marker, a newline and ##, is cut from the text."""
@@ -254,7 +268,7 @@ class Vicuna(nn.Module):
                 return Answer(text, ids[:position + 1], "marker", yes)
             if token == self.tokenizer.eos:
                 return Answer(self.tokenizer.decode(ids[:position]), ids[:position + 1], "eos", yes)
-        return Answer(self.tokenizer.decode(ids), ids, "length", yes)
+        return Answer(self.tokenizer.decode(ids), ids[:], "length", yes)
 
 
 def _quantization(quantize: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
