@@ -30,12 +30,15 @@ def test_without_a_language_part_neither_its_files_nor_its_libraries_are_touched
     (tmp_path / "mini").mkdir()
     for name in ("imagebind.safetensors", "text_tokenizer", "delta.safetensors"):
         (tmp_path / "mini" / name).symlink_to(weights_folder() / "mini" / name)
-    run(
-        "import sys, spgdd, spgdd.diagnosis\n"
-        f"model = spgdd.load_model('mini', {str(tmp_path)!r}, language=False)\n"
-        "assert model.profile.language is model.language is None\n"
+    picture = Path(spgdd.__file__).parents[1] / "data/mini/gear/test/stain/000.jpg"
+    said = run(
+        "import sys, spgdd\n"
+        f"diagnoser = spgdd.load('mini', root={str(tmp_path)!r}, language=False)\n"
+        "assert diagnoser.model.profile.language is diagnoser.model.language is None\n"
+        f"print(diagnoser.diagnose({str(picture)!r}, product='gear').text)\n"
         "assert not {'peft', 'accelerate', 'transformers.models.llama.modeling_llama'} & set(sys.modules)"
     )
+    assert said.startswith("By the map alone")
 
 
 def test_every_public_name_resolves():

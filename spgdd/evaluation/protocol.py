@@ -141,7 +141,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
             sets[k, seed if k else None] = build_reference(model, sources, task.name, known=known) if k else None
     calibrations = {key: reference.calibration if reference else Calibration("none") for key, reference in sets.items()}
     limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
-    counts, pictures = {key: PixelCounts() for key in sets}, {key: [] for key in sets}
+    counts, pictures, asked = ({key: kind() for key in sets} for kind in (PixelCounts, list, list))
     for batch in load_batches(task.queries, model.profile):
         seen, count = model.look([loaded.pixels for loaded in batch]), batch[0].views.count
         patches = torch.cat([one.patches[0] for one in seen])  # (B*V, L, N, D)
@@ -168,9 +168,12 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                     counts[key].add(square_map, loaded.coverage)
             if text:
                 prompts = model.prompt_tokens(torch.cat(prompt_maps), told, bank and bank.entries)
-                _ask(model, embedding, prompts, task, records)
+                asked[key].append((embedding, prompts))
             pictures[key] += records
         bar.update(len(batch))
+    for key, parts in asked.items():
+        if parts:  # all at once: no batch waits for its longest answer
+            _ask(model, *map(torch.cat, zip(*parts, strict=True)), task, pictures[key])
     return [
         {
             "subset": task.subset, "product": task.product, "name": task.name, "shots": key[0], "seed": key[1],
