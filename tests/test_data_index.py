@@ -143,7 +143,7 @@ def test_visa_split_with_other_columns_is_refused(tmp_path):
 CUT_OFF = b"image,label,mask\ncandle/Data/Images/Normal/0000.JPG"
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"\x00" * 40, CUT_OFF])
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"\x00" * 40, b"", CUT_OFF])
 def test_a_damaged_visa_table_is_named_and_the_rest_goes_on(tmp_path, damage):
     root = visa(tmp_path / "VisA")
     (root / "candle" / "image_anno.csv").write_bytes(damage)

@@ -1,6 +1,8 @@
 """Masks of every kind give the right pixels; those that can be read in two ways are refused."""
 
 
+import random
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -188,6 +190,30 @@ def test_a_damaged_mask_is_one_error_that_names_the_file(damage, tmp_path):
         path.write_bytes({"text": b"no picture", "empty": b"", "mat": b"MATLAB 5.0 MAT-file" + bytes(200)}[damage])
     with pytest.raises(DataError, match=path.name):
         read_mask(path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float64])
+def test_matlab_masks_are_those_that_scipy_wrote_and_damage_never_ends_the_process(compressed, dtype, tmp_path):
+    rng, path = random.Random(0), tmp_path / "001.mat"
+    truth = {"Boundaries": EDGE, "Segmentation": (1 + TRUTH[:40]).astype(dtype)}
+    savemat(path, {"x": np.arange(3), "groundTruth": truth}, do_compression=compressed)
+    assert (read_mask(path) == TRUTH[:40]).all()
+    whole, same = path.read_bytes(), 0
+    for trial in range(150):
+        data = bytearray(whole)
+        for _ in range(1 + trial % 20):
+            data[rng.randrange(120, len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data if trial % 3 else data[: rng.randrange(len(data))])
+        try:
+            marks = read_mask(path)
+        except DataError as error:
+            assert path.name in str(error)
+        else:
+            assert marks.dtype == bool and marks.ndim == 2
+            same += (marks.shape == (40, SIZE)) and bool((marks == TRUTH[:40]).all())
+            assert not compressed or (marks == TRUTH[:40]).all(), "a checksum tells"
+    assert same < 120
 
 
 def test_the_size_of_a_mask_is_that_of_its_picture(tmp_path):

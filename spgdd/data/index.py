@@ -7,6 +7,7 @@ understood is listed beside it.
 
 import csv
 import hashlib
+import io
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -197,13 +198,12 @@ def _visa_tables(rows: list[Row], found: list[Found], files: list[str], folder: 
 
 def _table(path: Path, columns: str) -> list[dict]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            lines = list(reader)
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        columns_there, lines = ",".join(reader.fieldnames or ()), list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: not a table that can be read ({error}).") from error
-    if ",".join(reader.fieldnames or ()) != columns:
-        raise DataError(f"{path}: has the columns {reader.fieldnames}, VisA's are {columns}.")
+    if columns_there != columns:
+        raise DataError(f"{path}: has the columns {columns_there[:80]!r}, VisA's are {columns}.")
     if any(None in line.values() or None in line for line in lines):
         raise DataError(f"{path}: a line has not the columns {columns}; the file may be cut off.")
     return lines

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from spgdd.data.layouts import is_picture
+from spgdd.data.matlab import read_field
 from spgdd.errors import DataError
 from spgdd.images import read_header
 
@@ -79,9 +80,10 @@ def _marked(file: Path) -> np.ndarray:
     """Bool (H, W) of one file."""
     try:
         if file.suffix.lower() == ".mat":  # CrackForest: 1 is road, 2 is crack
-            from scipy.io import loadmat
-
-            return np.asarray(loadmat(file)["groundTruth"][0, 0]["Segmentation"]) > 1
+            marks = read_field(file.read_bytes(), "groundTruth", "Segmentation") > 1
+            if marks.ndim != 2 or not marks.size:
+                raise ValueError(f"of shape {marks.shape}")
+            return marks
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
