@@ -49,7 +49,7 @@ def main() -> None:
 
     def bare():
         images = [spgdd.read_image(picture) for picture in (*normals, query)]
-        features = diagnoser.model.encode(preprocess(images, diagnoser.model.profile.fit))
+        features = diagnoser.model.imagebind.encode_image(preprocess(images, diagnoser.model.profile.fit))
         language.generate(features.embedding[-1], "Describe the image.", max_new_tokens=args.tokens)
 
     known = diagnoser.reference(normals, "metal nut")

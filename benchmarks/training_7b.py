@@ -200,7 +200,8 @@ def published(options) -> float:
 def ours(options) -> dict:
     model, found = build(options), {"rate": 0.0}
     data, filling = load(model, options, options.samples, options.length)
-    tokenizer, seen = model.language.tokenizer, model.encode(torch.zeros(1, 3, 224, 224))
+    tokenizer = model.language.tokenizer
+    seen = model.imagebind.encode_image(torch.zeros(1, 3, 224, 224, device=model.device))
     prompts = model.prompt_tokens(model.anomaly_map(seen), seen.patches).shape[1]
     tokens = 2 + len(tokenizer.encode(PROMPT_START)) + len(tokenizer.encode(IMAGE_END)) + prompts
     tokens += np.mean([len(encode_turns(tokenizer, item.talks[0], options.length, "")[0]) for item in data.items])

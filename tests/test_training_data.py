@@ -394,7 +394,7 @@ def test_missing_and_damaged_images_are_named(model, folder, tmp_path):
     with pytest.raises(ImageError, match="test/good/000.jpg: damaged"):
         TrainingData(model, text, tmp_path, cache=tmp_path / "cache").fill()
     image.unlink()
-    with pytest.raises(DataError, match="1 of 5 images .* not below .*, for example nut/test/good/000.jpg"):
+    with pytest.raises(DataError, match="1 of 5 images .* not below .*, for example 'nut/test/good/000.jpg'"):
         TrainingData(model, text, tmp_path)
 
 
