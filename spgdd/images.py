@@ -14,6 +14,7 @@ from spgdd.errors import ImageError
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jfif .bmp .gif .tif .tiff .webp .avif .jp2 .ppm .pgm .pbm .heic .heif".split()
 )
+FORMATS = "PNG JPEG BMP DIB GIF TIFF WEBP AVIF JPEG2000 PPM HEIF".split()  # Pillow's names of these
 ORIENTATION = 0x0112  # number of the EXIF entry
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
@@ -38,7 +39,7 @@ def read_image(source) -> Image.Image:
             warnings.simplefilter("ignore")  # damage ends in an error; large within the limit is fine
             if isinstance(source, Image.Image):
                 return _to_rgb(source, [])
-            with Image.open(source) as image:
+            with open_picture(source) as image:
                 frames = getattr(image, "n_frames", 1)
                 return _to_rgb(image, [f"first of {frames} frames"] if frames > 1 else [])
     except Image.UnidentifiedImageError as error:
@@ -51,15 +52,22 @@ def read_image(source) -> Image.Image:
         raise ImageError(f"{name}: damaged or incomplete ({reason}). Copy or export it again.") from error
 
 
+def open_picture(path: str | Path) -> Image.Image:
+    """``Image.open`` for the formats that are meant: for others, such as EPS, Pillow starts other programs."""
+    Image.init()
+    return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def read_header(path: str | Path) -> tuple[int, int, int]:
     """Width and height of a picture as it is stored, and its EXIF orientation, 1 to 8; no pixel is decoded.
 
     Of an orientation above 4, people see height and width exchanged. Raises ImageError.
     """
+    _check_file(Path(path), str(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 # Pillow decodes all of a PNG to look for EXIF data that may stand at its end.
                 none = image.format == "PNG" and "exif" not in image.info and not _exif_at_end(Path(path))
                 orientation = 1 if none else image.getexif().get(ORIENTATION, 1)

@@ -8,9 +8,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from spgdd.data.describe import describe
 from spgdd.data.index import index_folder
 from spgdd.data.masks import read_mask
+from spgdd.data.records import read_records
 from spgdd.errors import DataError
+from spgdd.files import write_json
 
 TREES = yaml.safe_load(Path(__file__).with_name("data_trees.yaml").read_text(encoding="utf-8"))
 SIZE = (12, 8)
@@ -140,6 +143,9 @@ def test_names_that_are_no_utf8_are_indexed_saved_and_read_again(tmp_path):
     index.save(tmp_path / "index.csv")
     saved = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
     assert (tmp_path / saved["rows"][0]["image"]).is_file()
+    write_json(tmp_path / "text.json", describe(index))
+    (record,) = read_records(tmp_path / "text.json", tmp_path)
+    assert record.image == tmp_path / name
     assert "fl\\udce4che" in (tmp_path / "index.csv").read_text(encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """Any file a person may hand over is read as they see it, or refused in one line that names it."""
 
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spgdd.errors import ImageError
-from spgdd.images import list_images, read_image
+from spgdd.images import list_images, read_header, read_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
 
@@ -255,3 +256,26 @@ def test_list_images(tmp_path):
     for nothing in (tmp_path / "empty", f"{tmp_path}/*.webp"):
         with pytest.raises(ImageError, match="no picture"):
             list_images(nothing)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.eps"])
+def test_no_other_program_is_started_for_a_file_that_is_no_picture(tmp_path, monkeypatch, name):
+    """Pillow hands EPS files to Ghostscript, whatever they are called."""
+    Image.new("RGB", (8, 8)).save(tmp_path / name, format="EPS")
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a program was started"))
+    for read in (read_image, read_header):
+        with pytest.raises(ImageError, match=name):
+            read(tmp_path / name)
+
+
+def test_a_header_tells_size_and_orientation_without_decoding(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(NOISE).save(tmp_path / "a.jpg", exif=exif)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    assert read_header(tmp_path / "a.jpg") == (83, 61, 8)
+    Image.new("1", (20_000, 9_500)).save(tmp_path / "huge.png")
+    for path in (tmp_path / "huge.png", tmp_path / "none.png", tmp_path):
+        with pytest.raises(ImageError, match=path.name):
+            read_header(path)

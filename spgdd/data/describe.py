@@ -37,7 +37,7 @@ def describe(index: Index, seed: int = 0) -> list[dict]:
     for row in index.rows:
         if row.defect_type != "good" and not row.mask:
             continue
-        rng = random.Random(f"{seed} {row.image}")
+        rng = random.Random(f"{seed} {row.image}".encode("utf-8", "surrogateescape"))
         other = rng.choice(sorted(TOPICS))
         plain, mixed, late = ("verdict", "where"), ("verdict", other, "where"), (other, "where", "verdict")
         first = tuple(dict.fromkeys(rng.choice((plain, plain, mixed, late))))

@@ -11,7 +11,7 @@ from scipy import ndimage
 from spgdd.data.layouts import is_picture
 from spgdd.data.matlab import read_field
 from spgdd.errors import DataError
-from spgdd.images import read_header
+from spgdd.images import open_picture, read_header
 
 NUMBERS = 32  # grey values up to this one are numbers of classes, where there are no others but the ignored
 IGNORED = (224, 224, 192)  # colour of Pascal VOC for what belongs to no class; as a number it is 255
@@ -86,7 +86,7 @@ def _marked(file: Path) -> np.ndarray:
             return marks
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
+            with open_picture(file) as image:
                 grey, lossy = _grey(ImageOps.exif_transpose(image)), image.format in ("JPEG", "WEBP")
     except Exception as error:  # damaged data makes decoders raise nearly anything
         raise DataError(f"{file}: damaged, or no mask ({' '.join(str(error).split())}).") from error

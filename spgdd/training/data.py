@@ -238,7 +238,7 @@ def _tadd_items(text: Path, images: Path, turns: int | None, variants: int) -> l
 
 def _anomalies(image: Path, row: Row, normals: Sequence[Picture], count: int) -> list[Picture]:
     """Anomalies on a good image, with patches of other normal images of the product where there are any."""
-    rng = random.Random(row.image)
+    rng = random.Random(row.image.encode("utf-8", "surrogateescape"))
     sources = [normal.image for normal in normals if normal.image != image] or [image]
     settings = PRODUCT_SETTINGS.get(row.product) or PRODUCT_SETTINGS.get(row.subset, DEFAULT)
     return [Picture(image, None, rng.choice(sources), settings, rng.randrange(2**32)) for _ in range(count)]
