@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
 from torch import nn
 from torch.serialization import skip_data
 from tqdm.auto import tqdm
@@ -33,6 +34,9 @@ from spgdd.weights.llama import llama_specs
 from spgdd.weights.plan import refuse_other_weights
 
 LLAMA = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}  # width, width between, layers; heads of width 128
+DINOV2 = {"small": (384, 6), "base": (768, 12)}  # width, heads
+PUBLISHED = {"attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
+             "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense"}
 SHARD_BYTES = 10**10  # a shard of the published files ends before the tensor that would exceed this
 POOL = 2**20 + 7  # random values that are repeated, from another start in each tensor
 
@@ -69,6 +73,14 @@ def standin(names: str | Iterable[str], root: str | Path | None = None, progress
 def bundle_specs(bundle: Bundle) -> dict[str, Spec]:
     """Names, dtypes and shapes of all tensors of a bundle, in the published order."""
     kind, half = bundle.contents["kind"], torch.float16
+    if kind == "dinov2":
+        from transformers import Dinov2Config, Dinov2Model
+
+        with torch.device("meta"):
+            specs = _specs_of(Dinov2Model(Dinov2Config(**_dinov2(bundle.contents))), torch.float32)
+        for ours, published in PUBLISHED.items():
+            specs = {name.replace(ours, published): spec for name, spec in specs.items()}
+        return specs
     hidden, intermediate, layers = LLAMA[bundle.contents.get("size", "7b")]
     if kind == "imagebind":
         with torch.device("meta"):
@@ -98,13 +110,18 @@ def _specs_of(module: nn.Module, dtype: torch.dtype) -> dict[str, Spec]:
 def _write_bundle(bundle: Bundle, folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     specs, names = bundle_specs(bundle), [file.path.rpartition("/")[2] for file in bundle.files]
-    shards = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    shards = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
     delta = bundle.contents["kind"] == "llama-delta"
     split = split_state_dict_into_shards_factory(  # as transformers did for the published files
         specs, get_storage_size=spec_bytes, max_shard_size=SHARD_BYTES, filename_pattern="pytorch_model{suffix}.bin")
     groups = list(split.filename_to_tensors.values()) if len(shards) > 1 else [list(specs)]
     for name, group in zip(shards, groups, strict=True):
-        write_pickle(folder / name, {key: specs[key] for key in group}, name.endswith(".pt"), delta)
+        if name.endswith(".safetensors"):
+            pool = _pool(folder / name)
+            values = {key: torch.cat(list(_values(key, shape, pool))).view(shape) for key, (_, shape) in specs.items()}
+            save_file(values, folder / name, {"format": "pt", "standin": STANDIN})
+        else:
+            write_pickle(folder / name, {key: specs[key] for key in group}, name.endswith(".pt"), delta)
         yield folder / name
     for name in names:
         if name == "pytorch_model.bin.index.json":
@@ -125,8 +142,7 @@ def write_pickle(path: Path, specs: dict[str, Spec], parameters: bool, delta: bo
     `parameters`: values are nn.Parameter, as in the published deltas. `delta`: norms near 0 instead of 1.
     """
     make = torch.nn.Parameter if parameters else (lambda value: value)
-    seed = zlib.crc32(path.parent.name.encode())
-    pool = torch.from_numpy(np.random.default_rng(seed).standard_normal(POOL, dtype=np.float32) * 0.02)
+    pool = _pool(path)
     pools = {dtype: pool.to(dtype) for dtype, _ in specs.values()}
     with whole_file(path) as whole:
         with skip_data():  # writes the archive with room for the values; torch.empty touches no memory
@@ -143,7 +159,12 @@ def write_pickle(path: Path, specs: dict[str, Spec], parameters: bool, delta: bo
                     file.write(block.numpy().tobytes())
 
 
-def _values(name: str, shape: tuple[int, ...], pool: torch.Tensor, delta: bool) -> Iterator[torch.Tensor]:
+def _pool(path: Path) -> torch.Tensor:
+    seed = zlib.crc32(path.parent.name.encode())
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(POOL, dtype=np.float32) * 0.02)
+
+
+def _values(name: str, shape: tuple[int, ...], pool: torch.Tensor, delta: bool = False) -> Iterator[torch.Tensor]:
     """Small random values; norms near one, masks and scales as published: a forward pass stays finite."""
     size = math.prod(shape)
     if name.endswith(".mask"):
@@ -159,7 +180,19 @@ def _values(name: str, shape: tuple[int, ...], pool: torch.Tensor, delta: bool) 
             size, start = size - len(block), 0
 
 
+def _dinov2(contents: dict) -> dict:
+    width, heads = DINOV2[contents["size"]]
+    return {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 12, "image_size": 518,
+            "patch_size": 14, "mlp_ratio": 4, "layer_norm_eps": 1e-6, "layerscale_value": 1.0, "qkv_bias": True,
+            "hidden_act": "gelu", "use_swiglu_ffn": False}
+
+
 def _small_file(name: str, contents: dict) -> dict:
+    if contents["kind"] == "dinov2":
+        if name == "config.json":
+            return {"architectures": ["Dinov2Model"], "model_type": "dinov2"} | _dinov2(contents)
+        return {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "do_resize": True,
+                "size": {"shortest_edge": 256}, "image_processor_type": "BitImageProcessor"}
     if name != "config.json":
         return {"bos_token_id": 1, "eos_token_id": 2} if name == "generation_config.json" else {}
     hidden, intermediate, layers = LLAMA[contents["size"]]

@@ -179,9 +179,11 @@ class Diagnoser:
         false_alarm_rate: share of normal pictures that may exceed the threshold, between 0 and 0.5.
         tiles: see ``reference``, whose number is kept where ``normals`` is one.
         answer: False leaves the text to a later ``Diagnosis.ask``, which takes most of the time.
-        Raises ImageError for a picture that cannot be read.
+        Raises ImageError for a picture that cannot be read; SpgddError where neither normals nor words are there.
         """
         model, watch = self.model, _Stopwatch()
+        if normals is None:
+            model.require_words()
         picture = read_image(image)
         watch.lap("read")
         if normals is not None and not isinstance(normals, Reference):
@@ -267,8 +269,9 @@ def sentence(diagnosis: Diagnosis) -> str:
         return f"As a whole the picture is unlike the normal ones of this {d.product}, so its map says nothing."
     if d.verdict == "normal":
         return f"By the map alone: nothing on this {d.product} looks unlike the normal pictures."
-    certainty = "looks" if d.verdict == "defective" else "may look"
-    count = f"{len(d.regions)} places" if len(d.regions) > 1 else "one place"
+    several = len(d.regions) > 1
+    certainty = "may look" if d.verdict == "unsure" else "look" if several else "looks"
+    count = f"{len(d.regions)} places" if several else "one place"
     return f"By the map alone: {count} of this {d.product} {certainty} unlike the normal pictures ({places(d)})."
 
 

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 
 import spgdd.imagebind
+from spgdd.backbones import load_backbone
 from spgdd.errors import WeightsError
 from spgdd.imagebind import TextTokenizer, load_imagebind
 from spgdd.model import SPGDD
-from spgdd.profiles import SPEAKING, Delta, Profile, get_profile, weights_folder
+from spgdd.profiles import PROFILES, SPEAKING, Delta, Profile, get_profile, weights_folder
 from spgdd.tensors import is_standin, read_tensors
 from spgdd.weights.delta import apply_delta
 
@@ -41,7 +42,7 @@ def load_model(
 ) -> SPGDD:
     """Read a profile's weights from ``root`` (see ``weights_folder``), in evaluation mode.
 
-    ``device``: by default a GPU where there is one. ``dtype`` of ImageBind and the language model: by default
+    ``device``: by default a GPU where there is one. ``dtype`` of the vision tower and the language model: by default
     ``choose_dtype``; what can be trained is always float32. ``quantize`` shrinks the language model,
     ``device_map`` spreads it over several GPUs ("auto", or as in transformers). Without ``language``
     none of the language model's files is needed or read: there are maps and verdicts, no words. Raises WeightsError
@@ -56,19 +57,27 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if profile.precision == "float32" else choose_dtype(device)[0]
 
-    config = getattr(spgdd.imagebind, profile.imagebind)
-    imagebind = load_imagebind(root / profile.imagebind_file, config, dtype=dtype, device=device)
-    folder = profile.text_tokenizer
-    tokenizer = TextTokenizer.load(root / folder) if folder else TextTokenizer()
-    vicuna, read = None, [profile.imagebind_file]
+    if profile.imagebind:
+        config = getattr(spgdd.imagebind, profile.imagebind)
+        towers = ("vision", "text") if profile.words else ("vision",)
+        vision = load_imagebind(root / profile.imagebind_file, config, towers, dtype, device)
+    else:
+        vision = load_backbone(root / profile.backbone, profile.layers, dtype, device)
+        if (vision.patch, profile.size % vision.patch) != (profile.patch, 0):
+            raise WeightsError(f"{profile.backbone} has patches of {vision.patch} pixels, profile {profile.name} "
+                               f"cuts pictures of {profile.size} into patches of {profile.patch}.")  # fmt: skip
+    tokenizer, folder = None, profile.text_tokenizer
+    if profile.words:
+        tokenizer = TextTokenizer.load(root / folder) if folder else TextTokenizer()
+    vicuna, read = None, [profile.imagebind_file or profile.backbone]
     if profile.language:
         from spgdd.language import LoraSettings, Vicuna  # seconds to import
 
         lora = LoraSettings(r=profile.lora_rank, alpha=profile.lora_rank)
-        vicuna = Vicuna.load(root / profile.language, config.joint, dtype, device_map or {"": device}, quantize, lora)
+        vicuna = Vicuna.load(root / profile.language, vision.joint, dtype, device_map or {"": device}, quantize, lora)
         read.append(profile.language)
     with device:
-        model = SPGDD(profile, imagebind, vicuna, tokenizer)
+        model = SPGDD(profile, vision, vicuna, tokenizer)
     model.standins = tuple(file for file in read if is_standin(root / file))
     load_deltas(model, profile.deltas, root)
     return model.eval()
@@ -94,9 +103,11 @@ def load_deltas(model: SPGDD, deltas: Sequence[Delta], root: Path) -> None:
 def _require_files(profile: Profile, root: Path) -> None:
     missing = {file: source for file, source in profile.files().items() if not (root / file).is_file()}
     if missing:
+        spoken = profile.language or not getattr(PROFILES.get(profile.name), "language", None)
+        command = f"spgdd weights download {profile.name}{'' if spoken else ' --no-language'}"
         listing = "\n".join(f"  {file} ({source})" for file, source in missing.items())
         raise WeightsError(
             f"profile {profile.name} lacks {len(missing)} file(s) in {root.resolve()}:\n{listing}\n"
-            f"`spgdd weights download {profile.name}` fetches what is published; notebooks make the rest. "
+            f"`{command}` fetches what is published; notebooks make the rest. "
             "If the files are elsewhere, set SPGDD_WEIGHTS to that folder."
         )

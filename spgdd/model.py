@@ -1,4 +1,4 @@
-"""The network: ImageBind sees, the self-prompting part compares, the language model speaks."""
+"""The network: a vision tower sees, the self-prompting part compares, the language model speaks."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spgdd.backbones import Backbone
+from spgdd.errors import SpgddError
 from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer, normalise
-from spgdd.profiles import Profile
+from spgdd.profiles import PROFILES, Profile
 from spgdd.selfprompt import (
     AbnormalPrompts,
     Comparison,
@@ -32,7 +34,7 @@ from spgdd.tensors import to_device
 if TYPE_CHECKING:
     from spgdd.language import Vicuna
 
-LOOKED = 32  # views of 224 x 224 pixels that the vision tower takes at once
+LOOKED = 32 * 224**2  # pixels that the vision tower takes at once
 COMPARED = 8  # views that the memory takes at once: what it makes of more leaves a processor's cache
 
 
@@ -61,32 +63,39 @@ class SPGDD(nn.Module):
     """Image features -> anomaly map -> prompt tokens -> text.
 
     Without a language model (None) there are maps and no text, and none of the parts that make prompt tokens for it.
+    Where the profile has no words there is no tokenizer (None) either, and ``vision`` is compared with a memory alone.
     Shapes: B images, L taps, N patches, D vision width, J joint width, H language width, P prompt tokens.
     """
 
-    def __init__(self, profile: Profile, imagebind: ImageBind, language: "Vicuna | None", tokenizer: TextTokenizer):
+    def __init__(
+        self, profile: Profile, vision: ImageBind | Backbone, language: "Vicuna | None", tokenizer: TextTokenizer | None
+    ):
         super().__init__()
-        config = imagebind.config
-        taps, width = len(config.taps), config.vision.width
+        taps, width = vision.taps, vision.width
         self.profile = profile
         self.standins: tuple[str, ...] = ()  # files of random values (scripts/write_standins.py) among its weights
-        self.imagebind = imagebind
+        self.vision = vision
         self.language = language
         self.text_tokenizer = tokenizer
-        self.image_decoder = PatchDecoder(width, config.joint, taps)
+        self.image_decoder = PatchDecoder(width, vision.joint, taps) if profile.words else None
         speaks = language is not None
         self.prompt_learner = PromptLearner(language.hidden, profile.prompt_channels) if speaks else None
         self.memory = Memory(taps, width, profile.scales)
         self.comparison = Comparison(taps) if profile.comparison else None
         self.focus = Focus(width, language.hidden, taps) if speaks and profile.focus else None
         self.memory_tokens = MemoryTokens(width, language.hidden) if speaks and profile.memory_tokens else None
-        self.abnormal_prompts = AbnormalPrompts(config.text.width) if profile.learned_prompts else None
+        self.abnormal_prompts = AbnormalPrompts(vision.config.text.width) if profile.learned_prompts else None
         self._sentences: dict[str, tuple[Tensor, Tensor]] = {}
         self._anchors: dict[str, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
         return self.memory.gates.device
+
+    @property
+    def imagebind(self) -> ImageBind:
+        """The vision tower under its own name, where the profile has words: it reads them too."""
+        return self.vision
 
     @property
     def tap_weights(self) -> Tensor | None:
@@ -97,13 +106,12 @@ class SPGDD(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits that tell vision towers apart.
 
-        SHA-256 of the signs of the query-key-value weights of the first and last block. Signs survive every change of
-        precision and device, so a memory made on a GPU in bfloat16 is recognised on a CPU.
+        SHA-256 of the signs of its ``signature``. Signs survive every change of precision and device, so a memory made
+        on a GPU in bfloat16 is recognised on a CPU.
         """
-        blocks = self.imagebind.modality_trunks["vision"].blocks
         digest = hashlib.sha256()
-        for block in (blocks[0], blocks[-1]):
-            digest.update(block.attn.in_proj_weight.detach().signbit().cpu().numpy().tobytes())
+        for weights in self.vision.signature:
+            digest.update(weights.detach().signbit().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     # Pictures in
@@ -119,8 +127,8 @@ class SPGDD(nn.Module):
         for side in dict.fromkeys(view.shape[-1] for view in pictures[0]):
             images = torch.stack([view for picture in pictures for view in picture if view.shape[-1] == side])
             images, turns = (rotations(images), 4) if rotate else (images, 1)
-            runs = [self.imagebind.encode_image(normalise(some.to(self.device)))
-                    for some in images.split(max(1, LOOKED * size**2 // side**2))]  # fmt: skip
+            runs = [self.vision.encode_image(normalise(some.to(self.device), self.vision.mean, self.vision.std))
+                    for some in images.split(max(1, LOOKED // side**2))]  # fmt: skip
             embedding, tokens = map(torch.cat, zip(*runs, strict=True))
             rows = len(pictures), -1, turns  # B, v views of this side, R
             tokens = _split_square(tokens, side // size).unflatten(0, rows)  # (B, v, R, T, L, N, D)
@@ -131,6 +139,13 @@ class SPGDD(nn.Module):
         return [Seen(*one, joint) for one in zip(whole, torch.cat(patches, 2), strict=True)]
 
     # Words
+
+    def require_words(self) -> None:
+        """Raises SpgddError where pictures cannot be compared with sentences."""
+        if not self.profile.words:
+            able = ", ".join(name for name, profile in PROFILES.items() if profile.words)
+            raise SpgddError(f"profile {self.profile.name} has no words to compare a picture with: give at least one "
+                             f"normal picture, or load one that has: {able}.")  # fmt: skip
 
     def sentences(self, product: str) -> tuple[Tensor, Tensor]:
         """Unit vectors of the hand-written sentences on a product: normal (14, J), abnormal (10, J); computed once."""
@@ -173,14 +188,17 @@ class SPGDD(nn.Module):
 
     @torch.no_grad()
     def evidence(
-        self, patches: Tensor, product: str = "object", bank: MemoryBank | None = None, without: Tensor | None = None
-    ) -> Evidence:
+        self, patches: Tensor, product: str = "object", bank: MemoryBank | None = None, without: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Evidence:  # fmt: skip
         """What speaks for a defect at each of the patches (B, L, N, D).
 
         Without a bank it comes from the product's name; with one from the normal pictures too. ``without`` (B,): the
-        normal picture, by its number in the bank, that each image is not compared with.
+        normal picture, by its number in the bank, that each image is not compared with. ``grid``: rows and columns of
+        patches, None: a square; another takes a bank at scale 1 alone. Raises SpgddError without a bank and words.
         """
         if bank is None:
+            self.require_words()
             logits = zero_shot_logits(self.image_decoder(patches), self.anchors(product))  # (B, L, 2, G, G)
             return Evidence(logits.flatten(1, 2), "words", self.tap_weights)
         self.memory.require_fit(bank)
@@ -192,20 +210,21 @@ class SPGDD(nn.Module):
                 left_out = without[rows].to(self.device)[:, None, None, None]
                 barred = bank.origin.to(self.device) == left_out  # (B, L, S, M)
             words = None if anchors is None else word_evidence(self.image_decoder(some), anchors)
-            found.append(self.few_shot(some, words, bank.tokens[None], normals, barred))
+            found.append(self.few_shot(some, words, bank.tokens[None], normals, barred, grid))
         return found[0]._replace(values=torch.cat([one.values for one in found]))
 
     def few_shot(
-        self, patches: Tensor, words: Tensor | None, tokens: Tensor, normals: int, barred: Tensor | None = None
-    ) -> Evidence:
+        self, patches: Tensor, words: Tensor | None, tokens: Tensor, normals: int, barred: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Evidence:  # fmt: skip
         """Evidence of patches (B, L, N, D) against G banks of ``normals`` pictures; see ``Memory.compare``.
 
         ``words`` (B, L, N) is ``word_evidence``, needed where the profile joins both.
         """
         fused = self.memory.fuse(self.memory.compare(patches, tokens, barred)[0])  # (B, N)
         if self.comparison is None:
-            return Evidence(on_grid(fused)[:, None], "distance")
-        return Evidence(on_grid(self.comparison(fused, words, normals))[:, None], "log-odds")
+            return Evidence(on_grid(fused, grid)[:, None], "distance")
+        return Evidence(on_grid(self.comparison(fused, words, normals), grid)[:, None], "log-odds")
 
     def anomaly_map(
         self,
@@ -213,9 +232,10 @@ class SPGDD(nn.Module):
         product: str = "object",
         bank: MemoryBank | None = None,
         without: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The map (B, 1, 224, 224) float32 of ``evidence``, higher where stranger."""
-        return self.evidence(features.patches, product, bank, without).map()
+        """The map (B, 1, H, W) float32 of ``evidence``, higher where stranger."""
+        return self.evidence(features.patches, product, bank, without, grid).map(self.profile.patch)
 
     # Prompt tokens
 

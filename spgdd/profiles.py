@@ -22,8 +22,8 @@ class Profile:
 
     name: str
     purpose: str  # one line for tables and error messages
-    imagebind: str  # name of the ImageBindConfig constant in spgdd.imagebind
-    imagebind_file: str  # .pth or .safetensors
+    imagebind: str | None  # name of the ImageBindConfig constant in spgdd.imagebind; None: ``backbone`` sees
+    imagebind_file: str | None  # .pth or .safetensors
     text_tokenizer: str | None  # folder of ImageBind's text tokenizer; None: CLIP's, in the package
     language: str | None  # folder of the LLaMA-shaped model: config.json, weights, tokenizer.model; None: no text
     deltas: tuple[Delta, ...]  # in load order: a later file wins
@@ -45,11 +45,16 @@ class Profile:
     score_share: float = 0.0  # an image's score is the mean of the highest share of its map; 0: the highest value
     tiles: int = 1  # pictures are seen whole and in tiles x tiles parts; 1: only whole
     joint: int = 1  # up to so many tiles a side are encoded together, as one large picture; more: each for itself
+    words: bool = True  # it can compare with sentences (zero-shot); else with normal pictures alone
+    backbone: str | None = None  # folder of what sees in place of ImageBind, a model of the hub (spgdd.backbones)
+    layers: tuple[int, ...] = (-1,)  # of the backbone, whose patch tokens are compared
+    size: int = 224  # pixels of a side of what it sees at once
+    patch: int = 14  # pixels of a side of a patch
     measured: bool = False  # the calibration's prior was measured with these eyes (benchmarks/calibration.py)
 
     def files(self) -> dict[str, str]:
         """The files that must be there before loading can start, each with the notebook that provides it."""
-        base = [self.imagebind_file]
+        base = [self.imagebind_file] if self.imagebind else [f"{self.backbone}/{file}" for file in BACKBONE]
         if self.language:
             base += [f"{self.language}/config.json", f"{self.language}/tokenizer.model"]
         if self.text_tokenizer:
@@ -63,6 +68,7 @@ class Profile:
         return replace(self, language=None, deltas=deltas, focus=False, memory_tokens=False)
 
 
+BACKBONE = ("config.json", "model.safetensors", "preprocessor_config.json")  # as the hub publishes it
 SPEAKING = ("language", "prompt_learner", "focus", "memory_tokens")  # parts of SPGDD that only text needs
 MAP_PARTS = ("image_decoder", "prompt_learner")
 SPGDD_PARTS = (*MAP_PARTS, "memory", "comparison", "focus", "memory_tokens", "abnormal_prompts")
@@ -80,6 +86,7 @@ FULL = {  # all parts of SPGDD-GPT
     "learned_prompts": True,
     "score_share": 0.004,
 }
+PLAIN = {"comparison": False, "focus": False, "memory_tokens": False, "learned_prompts": False}  # as AnomalyGPT
 
 
 def _large(name: str, size: str, delta: Delta, **fields) -> Profile:
@@ -100,6 +107,25 @@ def _large(name: str, size: str, delta: Delta, **fields) -> Profile:
         notebook="notebook 01",
         **fields,
     )
+
+
+def _eyes(name: str, **fields) -> Profile:
+    """A profile that sees and does not speak: few-shot maps of the memory alone, without any training."""
+    silent = {"language": None, "text_tokenizer": None, "words": False, "lora_rank": 0, "prompt_channels": ()}
+    fields = {"imagebind": None, "imagebind_file": None, "deltas": (), "fit": "squash", "precision": "auto"} | fields
+    return Profile(name=name, notebook="notebook 01", **PLAIN, **silent, **fields)
+
+
+def _dinov2(size: str, **fields) -> Profile:
+    """DINOv2, as AnomalyDINO (Damm et al., WACV 2025) uses it with one to a few normal pictures.
+
+    Tokens of the last layer at 448 pixels, cosine distance to the nearest one, and the mean of the highest hundredth
+    of the map as the score: with its smallest network as good as any on MVTec AD. SubspaceAD and VisionAD join layers
+    of the second half, which pays with the large networks. AnomalyDINO also masks the background, which is not done
+    here, and turns the normal pictures: ``rotate`` does that for parts that may lie in any orientation.
+    """
+    common = {"scales": (1,), "score_share": 0.01, "size": 448, "licence": "Apache-2.0"}
+    return _eyes(f"dinov2-{size}", backbone=f"dinov2_ckpt/{size}", **common, **fields)
 
 
 _ALL = (
@@ -126,16 +152,26 @@ _ALL = (
         licence="that of this repository",
         notebook="notebook 00",
     ),
+    _dinov2("small", purpose="real photographs on a laptop", disk_gb=0.09, gpu_gb=0.5),
+    _dinov2("base", purpose="real photographs, several objects in a picture", disk_gb=0.35, gpu_gb=1),
+    _eyes(
+        "imagebind",
+        purpose="the paper's eyes without the language model",
+        imagebind="HUGE",
+        imagebind_file="imagebind_ckpt/imagebind_huge.pth",
+        scales=(1, 3, 5),
+        score_share=0.004,
+        disk_gb=4.8,
+        gpu_gb=3.5,
+        licence="non-commercial: CC BY-NC-SA 4.0",
+    ),
     _large(
         "anomalygpt-7b",
         "7b",
         Delta("anomalygpt_ckpt/train_mvtec/pytorch_model.pt", MAP_PARTS, "notebook 01"),
         purpose="AnomalyGPT's published weights: a working 7B diagnosis",
         scales=(1,),
-        comparison=False,
-        focus=False,
-        memory_tokens=False,
-        learned_prompts=False,
+        **PLAIN,
         disk_gb=18.6,
         gpu_gb=17,
     ),

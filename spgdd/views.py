@@ -60,7 +60,8 @@ class Views:
     def of(cls, picture: Image.Image, profile, tiles: int | None = None) -> "Views":
         """As a profile (see ``spgdd.profiles``) sees a picture; ``tiles`` None: as many as the profile has."""
         tiles = profile.tiles if tiles is None else check_tiles(tiles)
-        return cls(*picture.size, profile.fit, tiles, 1 < tiles <= profile.joint)
+        joint = 1 < tiles <= profile.joint
+        return cls(*picture.size, profile.fit, tiles, joint, profile.size, profile.patch)
 
     @property
     def count(self) -> int:

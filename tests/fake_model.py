@@ -37,7 +37,7 @@ class FakeModel(SPGDD):
         self.standins = ()
         self.memory = Memory(taps=1, width=4)
         self.comparison = self.image_decoder = self.abnormal_prompts = None
-        self.imagebind = SimpleNamespace(encode_image=self.encode_image)
+        self.vision = SimpleNamespace(encode_image=self.encode_image, mean=MEAN, std=STD)
         self.language = SimpleNamespace(generate=self.generate)
         self.encoded = 0  # pictures
         self.asked = []  # (question, history)

@@ -21,7 +21,7 @@ from spgdd.errors import WeightsError
 def folder(tmp_path, monkeypatch):
     """Work in a folder with three good pictures and two to diagnose; the command needs no weights."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("spgdd.diagnosis.load", lambda profile, root, device, quantize: Diagnoser(FakeModel()))
+    monkeypatch.setattr("spgdd.diagnosis.load", lambda **options: Diagnoser(FakeModel()))
     for name in ("good/1.png", "good/2.png", "good/10.png", "parts/a.png", "parts/b.png"):
         rng = np.random.default_rng(list(name.encode()))
         pixels = (np.array([100, 110, 120]) + rng.normal(0, 6, (64, 96, 3))).astype(np.uint8)

@@ -101,6 +101,22 @@ def test_a_complete_diagnosis_equals_the_published_one(model, run):
     assert answer.ids == run["new_tokens"]
 
 
+@pytest.mark.parametrize("run", [run for run in RUNS if run["normal_images"]], ids=lambda run: run["name"])
+def test_imagebind_alone_makes_the_published_few_shot_map(weights, run):
+    """Of profile imagebind at AnomalyGPT's scale; it reads neither the text tower nor any other file."""
+    profile = dataclasses.replace(get_profile("imagebind"), imagebind="TINY", scales=(1,))
+    model = load_model(profile, weights, device="cpu")
+    assert model.vision.modalities == ("vision",) and model.language is model.image_decoder is None
+    bank = model.memory.build(encode(model, run["normal_images"]).patches)
+    anomaly_map = model.anomaly_map(encode(model, [run["image"]]), bank=bank)
+    check(f"{run['name']}.map alone", anomaly_map.mean(), run["map_mean"], atol=MAP_ATOL)
+    if f"{run['name']}.map" in OUTPUTS:
+        check(f"{run['name']}.map alone", anomaly_map, OUTPUTS[f"{run['name']}.map"], atol=MAP_ATOL)
+    else:
+        expected = OUTPUTS[f"{run['name']}.map_stride7"]
+        check(f"{run['name']}.map alone", anomaly_map[..., ::7, ::7], expected, atol=MAP_ATOL)
+
+
 def training_inputs(model):
     train = CONFIG["train"]
     masks = torch.cat([torch.zeros(1, 224, 224), TRAIN["C.mask"].float()])
@@ -314,11 +330,11 @@ def test_the_7b_profile_has_the_names_and_shapes_of_the_published_files():
         model = SPGDD(profile, ImageBind(HUGE), Vicuna(llama, tokenizer, HUGE.joint, lora), TextTokenizer())
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     imagebind = {
-        f"imagebind.{name}": shape
+        f"vision.{name}": shape
         for name, shape in published("imagebind_huge_keys.json").items()
         if name.split(".")[1] in ("vision", "text")
     }
-    assert {name: shape for name, shape in shapes.items() if name.startswith("imagebind.")} == imagebind
+    assert {name: shape for name, shape in shapes.items() if name.startswith("vision.")} == imagebind
     panda = {f"language.{name}": shape for name, shape in published("pandagpt_7b_delta_keys.json").items()}
     assert {k: v for k, v in shapes.items() if "lora_" in k or k.startswith("language.llama_proj")} == panda
     own = {k: v for k, v in shapes.items() if k.split(".")[0] in ("image_decoder", "prompt_learner")}

@@ -50,19 +50,30 @@ def test_every_public_name_resolves():
         _ = spgdd.diagnoser
 
 
-def test_there_are_four_profiles_and_a_wrong_name_is_answered_with_them():
-    assert list(PROFILES) == ["mini", "anomalygpt-7b", "spgdd-7b", "spgdd-13b"]
+def test_there_are_seven_profiles_and_a_wrong_name_is_answered_with_them():
+    assert list(PROFILES) == [
+        "mini", "dinov2-small", "dinov2-base", "imagebind", "anomalygpt-7b", "spgdd-7b", "spgdd-13b",
+    ]  # fmt: skip
     assert all(get_profile(name).name == name for name in PROFILES)
-    with pytest.raises(SpgddError, match="'7b'; choose one of mini, anomalygpt-7b, spgdd-7b, spgdd-13b"):
+    with pytest.raises(SpgddError, match="'7b'; choose one of mini, dinov2-small, .*, spgdd-13b"):
         get_profile("7b")
 
 
 def test_profiles_state_all_that_is_needed():
     for profile in PROFILES.values():
         assert all(not Path(file).is_absolute() for file in profile.files())
-        assert profile.deltas[-1].file in profile.files() and profile.fit in ("crop", "squash")
-        assert ("memory" in profile.deltas[-1].parts) == (profile.scales != (1,))
-        assert ("focus" in profile.deltas[-1].parts) == profile.focus
+        assert profile.fit in ("crop", "squash") and profile.size % profile.patch == 0
+        assert bool(profile.language) == profile.words == bool(profile.deltas)
+        assert bool(profile.imagebind) == bool(profile.imagebind_file) != bool(profile.backbone)
+        if profile.language:
+            assert profile.deltas[-1].file in profile.files()
+            assert ("memory" in profile.deltas[-1].parts) == (profile.scales != (1,))
+            assert ("focus" in profile.deltas[-1].parts) == profile.focus
+    assert list(PROFILES["imagebind"].files()) == ["imagebind_ckpt/imagebind_huge.pth"]
+    assert list(PROFILES["dinov2-base"].files()) == [
+        "dinov2_ckpt/base/config.json", "dinov2_ckpt/base/model.safetensors",
+        "dinov2_ckpt/base/preprocessor_config.json",
+    ]  # fmt: skip
     assert PROFILES["mini"].files().keys() == {
         "mini/imagebind.safetensors", "mini/language/config.json", "mini/language/tokenizer.model",
         "mini/text_tokenizer/merges.txt", "mini/pandagpt_delta.safetensors", "mini/delta.safetensors",

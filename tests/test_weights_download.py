@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import spgdd
 from conftest import ROOT
 from spgdd.data.download import CATALOG
 from spgdd.errors import WeightsError
-from spgdd.profiles import get_profile
+from spgdd.profiles import PROFILES, get_profile
 from spgdd.weights import catalog
 from spgdd.weights.catalog import File
 from spgdd.weights.download import address, download, fetch
@@ -384,6 +385,62 @@ def test_hub_file_killed_and_resumed_with_token_and_hub_hash(server, tmp_path):
     assert record["checked"] == "SHA-256 as stated by the hub"
 
 
+COMMAND = """
+import json, sys
+from spgdd.weights import catalog
+data = json.load(sys.stdin)
+catalog._data = lambda: data
+from spgdd.cli import main
+sys.exit(main(["weights", "download", "dinov2-small", "--yes", "--root", sys.argv[1]]))
+"""
+
+
+def test_a_backbone_comes_from_the_hub_by_name_and_revision(server, tmp_path):
+    """`spgdd weights download` against the hub's protocol: resumed, offline, and a wrong or a cut file refused."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    Dinov2Model(Dinov2Config(hidden_size=48, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}')
+    data = json.loads(json.dumps(catalog._data()))  # a copy
+    revision, names = "ed25f3a31f01632728cabb09d1542f84ab7b0056", []
+    for file in data["bundles"]["dinov2-small"]["files"]:
+        content = (tmp_path / file["name"]).read_bytes()
+        file |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        names.append(f"/facebook/dinov2-small/resolve/{revision}/{file['name']}")
+        server.files[f"/blobs/{file['name']}"] = content
+        server.files[names[-1]] = {"Location": f"/blobs/{file['name']}", "X-Linked-Etag": f'"{file["sha256"]}"'}
+    weights = "/blobs/model.safetensors"
+
+    def fetch_into(root, **environment):
+        server.requests.clear()
+        environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | environment
+        return subprocess.run([sys.executable, "-c", COMMAND, str(root)], input=json.dumps(data), text=True,
+                              env=environment | {"HF_ENDPOINT": server.link}, capture_output=True)  # fmt: skip
+
+    refused = fetch_into(tmp_path / "a", HF_HUB_OFFLINE="1")
+    assert refused.returncode == 1 and "HF_HUB_OFFLINE" in refused.stderr and not server.requests
+    server.faults = lambda path, count: "wrong bytes" if path == weights else "none"
+    refused = fetch_into(tmp_path / "a")
+    assert refused.returncode == 1 and "sent a wrong file twice" in refused.stderr
+    server.faults, whole = (lambda path, count: "none"), server.files[weights]
+    server.files[weights] = whole[:-1000]
+    refused = fetch_into(tmp_path / "a")
+    assert refused.returncode == 1 and "announces a file of" in refused.stderr
+    assert not (tmp_path / "a/dinov2_ckpt/small/model.safetensors").exists()
+    server.files[weights] = whole
+    part = tmp_path / "b/dinov2_ckpt/small/model.safetensors.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(whole[:1000])
+    done = fetch_into(tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    asked = {path: headers for path, headers in server.requests}
+    assert set(names) <= set(asked) and asked[weights]["range"] == "bytes=1000-"
+    assert (tmp_path / "b/dinov2_ckpt/small/model.safetensors").read_bytes() == whole
+    assert {row.state for row in status("dinov2-small", tmp_path / "b")} == {"wrong"}  # the real one has other bytes
+    diagnoser = spgdd.load("dinov2-small", root=tmp_path / "b", device="cpu")
+    assert diagnoser.model.vision.mean == (0.5, 0.5, 0.5)
+
+
 def test_every_source_is_an_address():
     """Of the weights and of the data sets: models, spaces and data sets of the hub, and plain links."""
     bundles = [catalog.get_bundle(name) for name in catalog.names()[1]]
@@ -398,7 +455,7 @@ def test_every_source_is_an_address():
 
 def test_catalogue_is_complete():
     profiles, bundles = catalog.names()
-    assert profiles == ["mini", "anomalygpt-7b", "spgdd-7b", "spgdd-13b"]
+    assert profiles == list(PROFILES)
     for name in bundles:
         bundle = catalog.get_bundle(name)
         assert bundle.licence and bundle.notebooks and (bundle.files or bundle.recipe)
@@ -406,7 +463,7 @@ def test_catalogue_is_complete():
             assert file.size or bundle.contents["kind"] == "shipped"
             assert file.sources or bundle.contents["kind"] == "shipped"
             assert file.sha256 is None or len(file.sha256) == 64
-    with pytest.raises(WeightsError, match="Parts: mini, imagebind-huge"):
+    with pytest.raises(WeightsError, match="Parts: mini, dinov2-small, dinov2-base, imagebind-huge"):
         catalog.get_bundles("vicuna")
 
 

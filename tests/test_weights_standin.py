@@ -6,6 +6,7 @@ import zipfile
 import pytest
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save
 
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
@@ -30,6 +31,12 @@ def test_names_order_and_shapes_are_the_published_ones(name, keys):
     specs = bundle_specs(get_bundle(name))
     assert list(specs) == list(published)
     assert all(shape == tuple(published[key]["shape"]) for key, (_, shape) in specs.items())
+
+
+def test_a_dinov2_file_of_these_names_and_shapes_is_as_long_as_the_published_one():
+    bundle = get_bundle("dinov2-small")
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in bundle_specs(bundle).items()}
+    assert len(tensors) == 223 and len(save(tensors, {"format": "pt"})) == bundle.files[1].bytes
 
 
 def test_pandagpt_13b_has_the_published_size():

@@ -48,14 +48,18 @@ def run_checks(profile: str | Profile, root: str | Path | None = None, **options
     whose files cannot be loaded fails and is the last.
     """
     root, profile, model = weights_folder(root), get_profile(profile) if isinstance(profile, str) else profile, None
-    steps = (
-        ("Vicuna talks", vicuna_talks, (), f"{profile.language} is not Vicuna v0 or is damaged"),
-        ("PandaGPT talks about an image", pandagpt_talks, profile.deltas[:1],
-         f"{profile.imagebind_file} or {profile.deltas[0].file} does not belong to this base"),
-        ("The diagnosis model answers", diagnosis_answers, profile.deltas[1:], "the map or the answer is of no use"),
-    )  # fmt: skip
+    steps = (("The map shows a hole", diagnosis_answers, profile.deltas, "the map is of no use"),)
+    if profile.language:
+        steps = (
+            ("Vicuna talks", vicuna_talks, (), f"{profile.language} is not Vicuna v0 or is damaged"),
+            ("PandaGPT talks about an image", pandagpt_talks, profile.deltas[:1],
+             f"{profile.imagebind_file} or {profile.deltas[0].file} does not belong to this base"),
+            ("The diagnosis model answers", diagnosis_answers, profile.deltas[1:],
+             "the map or the answer is of no use"),
+        )  # fmt: skip
     for title, check, deltas, blame in steps:
-        files = tuple(delta.file for delta in deltas) or (profile.imagebind_file, profile.language)
+        base = profile.imagebind_file or profile.backbone, profile.language
+        files = tuple(delta.file for delta in deltas) or tuple(filter(None, base))
         try:
             if model is None:
                 model = load_model(replace(profile, deltas=()), root, **options)

@@ -25,6 +25,7 @@ PROFILE = Option("mini", help=", ".join(PROFILES))
 ROOT = Option(None, help="folder of the weights (default: $SPGDD_WEIGHTS or pretrained_ckpt)")
 DEVICE = Option(None, help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
 QUANTIZE = Option(None, help="shrink the language model on a GPU (needs bitsandbytes)")
+LANGUAGE = Option(True, help="with the language model; without, maps and verdicts alone, in a fraction of the space")
 TILES = Option(None, help="see pictures also in N x N parts: small defects in large pictures")
 RATE = Option(0.05, callback=below_half, help="share of good parts that may exceed the threshold")
 
@@ -36,7 +37,7 @@ def option(name: str, kind, default) -> Parameter:
 
 MODEL = [  # as spgdd.load takes them
     option("profile", str, PROFILE), option("root", Path, ROOT), option("device", str, DEVICE),
-    option("quantize", Literal["8bit", "4bit"], QUANTIZE),
+    option("quantize", Literal["8bit", "4bit"], QUANTIZE), option("language", bool, LANGUAGE),
 ]  # fmt: skip
 DEBUG = option("debug", bool, Option(False, "--debug", help="show where an error comes from"))
 

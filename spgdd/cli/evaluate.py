@@ -13,13 +13,14 @@ from typer import Option
 from spgdd.cli.common import RATE
 from spgdd.errors import DataError, SpgddError
 from spgdd.files import whole_file, write_json
+from spgdd.profiles import get_profile
 
 
 def evaluate(
     data: str = Option(help="a folder of data sets (`spgdd tadd index` lists it) or miniworld"),
     subsets: list[str] = Option((), help="only these (of the mini world: families)"),
     product: list[str] = Option((), help='what a subset or product is called, for example MT="magnetic tile"'),
-    shots: list[int] = Option((0, 1, 2, 4), help="numbers of normal pictures"),
+    shots: list[int] = Option((), help="numbers of normal pictures (default: 1 2 4; with words 0 too)"),
     seeds: list[int] = Option((0, 1, 2), help="of the shot sets"),
     limit: int = Option(None, help="at most so many good and so many defective pictures of a product"),
     draws: int = Option(5, help="products of each family of the mini world"),
@@ -37,6 +38,8 @@ def evaluate(
     from spgdd.evaluation.metrics import summarise
     from spgdd.evaluation.tables import MAP, TEXT, fewer_masks, table, write_csv
 
+    seen = get_profile(model["profile"])
+    shots, text = shots or (0, 1, 2, 4)[not seen.words :], text and model["language"] and seen.language is not None
     names = dict(pair(each, "--product") for each in product)
     common = {key: value_of(value) for key, value in (pair(each, "--set") for each in switches)}
     variants = read_variants(ablate) if ablate else {"": {}}
@@ -76,7 +79,6 @@ def load_variant(switches: dict, profile: str, **options):
     """A Diagnoser with a model changed by ``spgdd.evaluation.ablation``."""
     from spgdd.diagnosis import load
     from spgdd.evaluation.ablation import ablate, with_delta
-    from spgdd.profiles import get_profile
 
     delta = switches.pop("delta", None)
     diagnoser = load(profile=with_delta(get_profile(profile), delta) if delta else profile, **options)

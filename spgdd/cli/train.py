@@ -68,6 +68,8 @@ def train(
     if not data_path and not image_root_path:
         raise SpgddError("Nothing to train on: give --data_path TADD_text.json, --image_root_path, or both.")
     profile, root = get_profile(profile), weights_folder(root)
+    if not profile.language:
+        raise SpgddError(f"profile {profile.name} has nothing to train: it does not speak. Choose one that does.")
     last = profile.deltas[-1]
     default = (root / last.file).parent if last.notebook == HERE else Path("runs/train") / profile.name
     folder = save_path or default

@@ -6,7 +6,7 @@ from typing import Literal
 
 from typer import Argument, Option
 
-from spgdd.cli.common import DEVICE, QUANTIZE, ROOT, accepted
+from spgdd.cli.common import DEVICE, LANGUAGE, QUANTIZE, ROOT, accepted
 from spgdd.profiles import weights_folder
 from spgdd.weights import catalog
 
@@ -26,9 +26,9 @@ def show_states(root: Path = ROOT) -> None:
             print(f"  {name:<24}{catalog.readable(sum(row.size for row in rows)):>9}  {states}")
 
 
-def show(names: list[str] = NAMES) -> None:
+def show(names: list[str] = NAMES, language: bool = LANGUAGE) -> None:
     """Files, links, sizes, hashes and licences."""
-    for bundle in catalog.get_bundles(names):
+    for bundle in catalog.get_bundles(names if language else catalog.without_language(names)):
         print(f"{bundle.name}: {bundle.title}, {catalog.readable(bundle.size)}\n  licence: {bundle.licence}\n"
               f"  notebooks: {', '.join(bundle.notebooks)}")
         if not bundle.files:
@@ -45,10 +45,12 @@ def download(
     names: list[str] = NAMES,
     yes: bool = Option(False, "--yes", help="do not ask; you have read the licences with `show`"),
     root: Path = ROOT,
+    language: bool = LANGUAGE,
 ) -> int:
     """Fetch what is missing: resumed, verified, mirrors in turn."""
     from spgdd.weights import download, plan
 
+    names = names if language else catalog.without_language(names)
     todo = plan.plan(names, root)
     print(todo)
     if todo.files and not yes and not accepted("Accept these licences and start?"):
@@ -56,11 +58,11 @@ def download(
     return _print_rows(download.download(names, root))
 
 
-def verify(names: list[str] = NAMES, root: Path = ROOT) -> int:
+def verify(names: list[str] = NAMES, root: Path = ROOT, language: bool = LANGUAGE) -> int:
     """Read every byte and compare with what is published."""
     from spgdd.weights.verify import verify
 
-    return _print_rows(verify(names, root))
+    return _print_rows(verify(names if language else catalog.without_language(names), root))
 
 
 def merge_vicuna(

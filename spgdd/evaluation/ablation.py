@@ -48,6 +48,7 @@ def ablate(model, scales: Sequence[int] | None = None, **switches):
         if not switches.get(name, True):
             setattr(model, name, None)
     if switches.get("comparison") and model.comparison is None:
+        model.require_words()
         taps = len(model.memory.gates)
         model.comparison = Comparison(taps).to(model.device)
         model.comparison.trust.fill_(1 / taps)

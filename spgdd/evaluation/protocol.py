@@ -115,7 +115,8 @@ def evaluate(
 
     A seed shuffles the normal pictures, and k shots are the first k of them. Without shots there is one run,
     of seed None. Pictures are dicts of everything that the metrics are made of. Raises DataError for a
-    product with fewer normal pictures than shots, or without pictures to diagnose.
+    product with fewer normal pictures than shots, or without pictures to diagnose; SpgddError where no shots are asked
+    of a model without words. Without a language part there is no text.
     """
     for task in tasks:
         if len(task.normals) < max(shots) or not task.queries:
@@ -123,7 +124,9 @@ def evaluate(
                 f"{task.subset}/{task.product} has {len(task.normals)} normal pictures to draw {max(shots)} shots "
                 f"from and {len(task.queries)} to diagnose. Choose other --subsets or fewer --shots."
             )
-    runs = []
+    if 0 in shots:
+        diagnoser.model.require_words()
+    text, runs = text and diagnoser.model.language is not None, []
     with tqdm(total=sum(len(task.queries) for task in tasks), unit="picture", disable=not progress) as bar:
         for task in tasks:
             bar.set_description(task.product)

@@ -33,9 +33,9 @@ def to_pixels(image: Image.Image, fit: str = "crop", size: int = 224, mode: str 
     return pixels.permute(2, 0, 1).contiguous()
 
 
-def normalise(pixels: Tensor) -> Tensor:
+def normalise(pixels: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
     """uint8 RGB (B, 3, S, S) -> float32 of about zero mean and unit deviation, on the same device."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
     return (pixels.float() / 255).sub_(mean).div_(std)
 
 

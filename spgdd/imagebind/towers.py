@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spgdd.imagebind.config import ImageBindConfig, TowerConfig
+from spgdd.imagebind.preprocess import MEAN, STD
 
 LOGIT_SCALES = {"text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}  # text: initial
 PATCH_GRIDS = {"audio": (12, 19), "depth": (14, 14), "thermal": (14, 14)}  # rows and columns of 16 px patches
@@ -241,10 +242,13 @@ class ImageBind(nn.Module):
     ``modalities`` are names out of ``MODALITIES``. Weights are random here; ``load_imagebind`` reads a file.
     """
 
+    mean, std = MEAN, STD  # of its pictures
+
     def __init__(self, config: ImageBindConfig, modalities=("vision", "text")):
         super().__init__()
         sizes = {m: config.tower(m) for m in modalities}
         self.config, self.modalities = config, tuple(sizes)
+        self.taps, self.width, self.joint = len(config.taps), config.vision.width, config.joint
         self.modality_preprocessors = nn.ModuleDict({m: build_preprocessor(m, config) for m in sizes})
         self.modality_trunks = nn.ModuleDict(
             {m: Trunk(size, m == "vision", m not in ("vision", "text")) for m, size in sizes.items()}
@@ -253,6 +257,12 @@ class ImageBind(nn.Module):
             {m: build_head(m, size.width, config.joint) for m, size in sizes.items()}
         )
         self.modality_postprocessors = nn.ModuleDict({m: build_postprocessor(m) for m in sizes})
+
+    @property
+    def signature(self) -> list[Tensor]:
+        """Weights that tell its vision tower apart from others, see ``SPGDD.fingerprint``."""
+        blocks = self.modality_trunks["vision"].blocks
+        return [block.attn.in_proj_weight for block in (blocks[0], blocks[-1])]
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Normalised pixels (B, 3, H, W) -> embedding (B, J) and patch tokens (B, L, N, D) of the taps."""

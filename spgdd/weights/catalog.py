@@ -93,6 +93,12 @@ def get_bundles(wanted: str | Iterable[str]) -> list[Bundle]:
     return [get_bundle(name) for name in dict.fromkeys(expanded)]
 
 
+def without_language(wanted: str | Iterable[str]) -> list[str]:
+    """Names of the bundles of profiles and bundle names, but for those of a language model."""
+    bundles = get_bundles(wanted)
+    return [bundle.name for bundle in bundles if bundle.contents["kind"] not in ("llama", "llama-delta", "pandagpt")]
+
+
 def known_wrong(sha256: str) -> str | None:
     """What a file with this hash is, where it is a wrong one that people often take for Vicuna v0."""
     return _data()["known_wrong"].get(sha256)
