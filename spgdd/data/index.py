@@ -86,7 +86,8 @@ def _row(folder: Path, found: Found) -> tuple[Row | None, Problem | None]:
     product = found.layout.product or parts[-1]
     subset = groups.get("subset") or found.layout.subset
     if not subset:  # the folder above the product's, or the product's where it stands alone
-        subset = parts[-1] if len(parts) < 3 and parts[-1] not in MVTEC_PRODUCTS else parts[max(0, len(parts) - 2)]
+        alone = len(parts) == 1 or len(parts) == 2 and parts[-1] not in MVTEC_PRODUCTS
+        subset = parts[-1] if alone else parts[-2]
     kind, mask, problem = found.kind, found.mask, None
     try:
         width, height, orientation = read_header(folder / found.image)
