@@ -88,7 +88,7 @@ def load_deltas(model: SPGDD, deltas: Sequence[Delta], root: Path) -> None:
     _require_files(replace(model.profile, deltas=tuple(deltas)), root)
     for delta in deltas:
         # The published files name the language model's parameters without saying whose they are.
-        state = read_tensors(root / delta.file)
+        state = read_tensors(root / delta.file, intact=True, mend=f"Fetch or train it again ({delta.notebook}).")
         state = {f"language.{k}" if k.startswith("llama_") else RENAMED.get(k, k): v for k, v in state.items()}
         if model.language is None:
             state = {k: value for k, value in state.items() if not k.startswith(SPEAKING)}

@@ -4,20 +4,20 @@ import hashlib
 import json
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from spgdd.errors import WeightsError
 from spgdd.files import whole_file
 
 STANDIN = "SPGDD-GPT STAND-IN: random values, not a trained model"
-AGAIN = "Fetch it again with `spgdd weights download PROFILE`, or as notebook 01 shows."
+AGAIN = "Fetch it with `spgdd weights download PROFILE`, or as notebook 01 shows."
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -34,53 +34,77 @@ def late_progress():
         logging.set_tqdm_hook(before)
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, intact: bool = False, mend: str = AGAIN) -> dict[str, Tensor]:
     """All tensors of a .safetensors, .pt, .pth or .bin file, mapped into memory and read when they are used.
 
     All but .safetensors are pickles, which could run a program on loading: only tensors are accepted. Replace
-    a mapped file as a whole, never write into it. Raises WeightsError for a file that is missing, damaged, a
-    web page, or holds more than tensors by name.
+    a mapped file as a whole, never write into it. `intact`: the tensors are read at once instead, and compared with
+    the checksum that `write_tensors` or torch put into the file. Raises WeightsError, with `mend` at its end, for a
+    file that is missing, damaged, a web page, or holds more than tensors by name.
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"There is no weight file {path}. Get it with `spgdd weights download PROFILE` or "
-                           "notebook 01.")
+        raise WeightsError(f"There is no weight file {path}. {mend}")
     try:
         if is_web_page(path):
-            raise OSError("it is a web page, an error or a login")
+            raise ValueError("it is a web page, an error or a login")
         if path.suffix == ".safetensors":
-            return load_file(path)
-        with open(path, "rb") as file:
-            archive = file.read(2) == b"PK"  # since 2020; torch cannot map the pickles from before
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            return _unsealed(path.read_bytes()) if intact else load_file(path)
+        archive = zipfile.is_zipfile(path)  # since 2020; torch cannot map the pickles from before
+        if archive and intact and not is_standin(path) and (name := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {name} is another")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive and not intact)
     except pickle.UnpicklingError:  # torch's own message advises to switch the protection off
         raise WeightsError(f"{path} was not opened: it holds objects that could run code, or is no "
-                           f"checkpoint. {AGAIN}") from None
-    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
-        reason = str(error).partition("\n")[0]  # torch's go on with a stack of C++
+                           f"checkpoint. {mend}") from None
+    except Exception as error:  # what a damaged pickle raises, nobody knows
+        reason = (str(error) or type(error).__name__).partition("\n")[0]  # torch's go on with a stack of C++
         raise WeightsError(f"{path} ({path.stat().st_size:,} bytes) is cut short, damaged or no checkpoint: "
-                           f"{reason}. {AGAIN}") from error
+                           f"{reason}. {mend}") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path} holds a {type(state).__name__} that is no table of tensors. {AGAIN}")
+        raise WeightsError(f"{path} holds a {type(state).__name__} that is no table of tensors. {mend}")
     return {name: value.detach() for name, value in state.items()}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write tensors to a .safetensors file, whole or not at all, and return its SHA-256.
 
-    Equal tensors and metadata give equal files. Raises SpgddError where the file cannot be written.
+    Equal tensors and metadata give equal files; a checksum of both lies in the metadata. Raises SpgddError where the
+    file cannot be written.
     """
-    data = memoryview(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
-    start = 8 + int.from_bytes(data[:8], "little")
+    header, numbers = _parts(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
     # safetensors writes metadata in a random order, and with it another file each time: ours are put in here.
-    header = json.dumps({"__metadata__": dict(metadata or {})} | json.loads(bytes(data[8:start]))).encode()
-    header += b" " * (-len(header) % 8)
+    header = {"__metadata__": dict(metadata or {})} | header
+    header["__metadata__"]["checksum"] = _checksum(header, numbers)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with whole_file(path) as file:
-        for block in (len(header).to_bytes(8, "little"), header, data[start:]):
+        for block in (len(text).to_bytes(8, "little"), text, numbers):
             file.write(block)
             digest.update(block)
     return digest.hexdigest()
+
+
+def _parts(data: bytes) -> tuple[dict, memoryview]:
+    """Header and numbers of a .safetensors file."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:start]), memoryview(data)[start:]
+
+
+def _checksum(header: dict, numbers: memoryview) -> str:
+    digest = hashlib.sha256(json.dumps(header).encode())
+    digest.update(numbers)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _unsealed(data: bytes) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file; its last metadata are their checksum, where `write_tensors` wrote it."""
+    header, numbers = _parts(data)
+    name, checksum = header.get("__metadata__", {"": ""}).popitem()
+    if (name == "checksum" or len(checksum) == 71) and checksum != _checksum(header, numbers):
+        raise ValueError("it is not as it was written: its checksum is another")
+    return load(data)
 
 
 class TensorFile:

@@ -3,19 +3,19 @@
 The links, sizes, hashes and licences are data, in ``datasets.json``.
 """
 
+import errno
 import json
-import lzma
 import os
 import shutil
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
 from spgdd.errors import DataError
 
 MOST_BYTES = 20  # times an archive's size; pictures hardly shrink, their masks do
 MOST_FILES = 1_000_000  # of an archive
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # not an archive's fault
 CATALOG = json.loads(Path(__file__).with_name("datasets.json").read_text(encoding="utf-8"))
 DATASETS = {entry["name"]: entry for entry in CATALOG}
 
@@ -57,35 +57,43 @@ def download(name: str, root: str | Path = "data/TADD") -> Path:
 def unpack(archive: Path) -> None:
     """Unpack a .zip, .tar, .tar.gz or .tar.xz beside itself; the standard library refuses paths to elsewhere.
 
-    Raises DataError, and removes the archive, where it is damaged or holds far more than an archive of pictures does.
+    Each file appears under its name when all are unpacked. Raises DataError, and removes the archive, where it is
+    damaged or holds far more than an archive of pictures does.
     """
+    if archive.suffix != ".zip" and ".tar" not in archive.suffixes:
+        return
     left = {"bytes": MOST_BYTES * archive.stat().st_size, "files": MOST_FILES}
 
-    def counted(size: int) -> None:
+    def counted(member, size: int):
         left["bytes"] -= size
         left["files"] -= 1
         if min(left.values()) < 0:
             raise ValueError(f"more than {MOST_BYTES} times its size, or than {MOST_FILES} files")
+        return member
 
-    def member(info: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-        counted(info.size)
-        return tarfile.data_filter(info, folder)
-
+    partial = archive.with_name(f".{archive.name}.unpacking")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as file:
-                for info in file.infolist():
-                    counted(info.file_size)
-                file.extractall(archive.parent)
-        elif ".tar" in archive.suffixes:
+                file.extractall(partial, [counted(info, info.file_size) for info in file.infolist()])
+        else:
             with tarfile.open(archive) as file:
-                file.extractall(archive.parent, filter=member)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
+                file.extractall(partial, filter=lambda info, to: tarfile.data_filter(counted(info, info.size), to))
+        for path in sorted(partial.rglob("*")):
+            target = archive.parent / path.relative_to(partial)
+            if path.is_dir() and not path.is_symlink():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
+    except Exception as error:  # what a damaged archive raises, nobody knows
+        if getattr(error, "errno", None) in DISK:
+            raise DataError(f"{archive} cannot be unpacked ({error.strerror}). It was kept.") from error
         archive.unlink()
         raise DataError(f"{archive} is damaged or no archive of pictures ({error}). It was removed; "
                         "run the command again.") from error  # fmt: skip
-    except OSError as error:
-        raise DataError(f"{archive} cannot be unpacked ({error.strerror or error}). It was kept.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _size(entry: dict) -> int:

@@ -1,8 +1,8 @@
 """Vicuna with LoRA that reads a projected image vector, after PandaGPT (Su et al. 2023, arXiv:2305.16355)."""
 
 import importlib.util
-import json
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -86,8 +85,8 @@ class Vicuna(nn.Module):
         for name in ("config.json", "tokenizer.model"):
             if not (folder / name).is_file():
                 raise WeightsError(f"No base model in {folder}: {name} is missing. {DOWNLOAD}")
+        require_v0(folder)
         try:
-            require_v0(folder)
             with late_progress():
                 llama, report = LlamaForCausalLM.from_pretrained(
                     folder, dtype=dtype, device_map=device_map, quantization_config=quantization,
@@ -95,7 +94,10 @@ class Vicuna(nn.Module):
         except torch.OutOfMemoryError as error:
             raise SpgddError(f"The base model in {folder} does not fit the device in {dtype}. Load it with "
                              "quantize='8bit' or '4bit', or free the device's memory.") from error
-        except (OSError, EOFError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        except pickle.UnpicklingError:  # torch's own message advises to switch the protection off
+            raise WeightsError(f"The base model in {folder} was not opened: it holds objects that could run code. "
+                               f"{DOWNLOAD}") from None
+        except Exception as error:  # what a damaged file raises, nobody knows
             raise WeightsError(f"The base model in {folder} is unreadable: {error}. {DOWNLOAD}") from error
         if missing := sorted(report["missing_keys"]):
             found = f"{len(missing)} tensors, the first is {missing[0]}"

@@ -8,12 +8,10 @@ Nothing in it depends on how many processes there were, or on DeepSpeed. Randomn
 and step.
 """
 
-import json
 import shutil
 from pathlib import Path
 
-from spgdd.errors import SpgddError
-from spgdd.files import write_json
+from spgdd.files import read_json, write_json
 from spgdd.tensors import read_tensors, write_tensors
 from spgdd.training.worker import MOMENTS, State
 
@@ -42,9 +40,7 @@ def every(folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> tuple[State, dict]:
-    """State and position. Raises WeightsError for a damaged file."""
-    try:
-        position = json.loads((path / "position.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpgddError(f"{path} is damaged ({error}). Delete it: the run goes on from the one before.") from error
-    return {kind: read_tensors(path / file) for kind, file in FILES.items()}, position
+    """State and position. Raises SpgddError for a damaged file."""
+    mend = f"Delete {path}: the run goes on from the one before."
+    position = read_json(path / "position.json", mend)
+    return {kind: read_tensors(path / file, intact=True, mend=mend) for kind, file in FILES.items()}, position

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from math import inf
 from pathlib import Path
 
 from spgdd.errors import WeightsError
@@ -30,13 +29,15 @@ class File:
     def most(self) -> float:
         """The most bytes that it can have: a rounded size is 2 % off, a small text differs from mirror to mirror."""
         if self.bytes is None:
-            return self.size + max(0.02 * self.size, 100_000) if self.size else inf
+            return self.size + max(0.02 * self.size, 100_000) if self.size else 10**9
         return self.bytes
 
     def wrong_size(self, size: int) -> str:
         """What is published instead of `size` bytes; nothing if they fit."""
-        fits = 2 * self.size - self.most <= size <= self.most
-        return "" if fits else f"published are {'about ' * (self.bytes is None)}{self.size:,}"
+        if 2 * self.size - self.most <= size <= self.most:
+            return ""
+        about = "" if self.bytes is not None else "about "
+        return f"published are {about}{self.size:,}" if self.size else f"at most {self.most:,} are taken"
 
     def partial(self, root: Path) -> Path:
         """Where a download of it grows until it is verified."""

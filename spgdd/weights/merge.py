@@ -1,6 +1,7 @@
 """Vicuna v0 from LLaMA and its delta, tensor by tensor."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -45,11 +46,12 @@ def merge_vicuna(base: str | Path, delta: str | Path, out: str | Path, shard_byt
 
 def _merge(base: Shards, delta: Shards, out: Path, specs: dict[str, Spec], tokenizer: dict[str, Path],
            shard_bytes: int, progress: bool) -> dict:
-    report = _continued(out, {"base": _identity(base), "delta": _identity(delta), "shard_bytes": shard_bytes})
-    for unfinished in out.glob(".*.part"):  # of a merge that was killed
-        unfinished.unlink()
     split = split_state_dict_into_shards_factory(specs, get_storage_size=spec_bytes, max_shard_size=shard_bytes,
                                                  filename_pattern="model{suffix}.safetensors")
+    inputs = {"base": _identity(base), "delta": _identity(delta), "shard_bytes": shard_bytes}
+    report = {"complete": False, "inputs": inputs, "files": _done(out, inputs, split.filename_to_tensors)}
+    for unfinished in out.glob(".*.part"):  # of a merge that was killed
+        unfinished.unlink()
     todo = {file: names for file, names in split.filename_to_tensors.items() if file not in report["files"]}
     need = sum(spec_bytes(specs[name]) for names in todo.values() for name in names)
     free = shutil.disk_usage(out).free
@@ -118,17 +120,15 @@ def read_report(folder: Path) -> dict | None:
         files = {str(name): {"bytes": int(item["bytes"]), "sha256": str(item["sha256"])}
                  for name, item in report["files"].items()}
         return {"complete": report["complete"] is True, "inputs": report["inputs"], "files": files}
-    except (SpgddError, AttributeError, KeyError, TypeError, ValueError):
+    except (SpgddError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         return {"complete": False, "inputs": None, "files": {}}
 
 
-def _continued(out: Path, inputs: dict) -> dict:
-    """The report of an earlier merge of the same inputs, reduced to shards that are there; or a new one."""
+def _done(out: Path, inputs: dict, shards: Iterable[str]) -> dict[str, dict]:
+    """The shards that are there and come from an earlier merge of the same inputs, as its report describes them."""
     report = read_report(out)
     if report is None and (any(out.glob("*.safetensors")) or any(out.glob("*.bin"))):
         raise WeightsError(f"{out} already holds weights that were not merged here. Choose another folder.")
-    if report is None or report["inputs"] != inputs:
-        return {"complete": False, "inputs": inputs, "files": {}}
-    files = {name: item for name, item in report["files"].items()
-             if (out / name).is_file() and (out / name).stat().st_size == item["bytes"]}
-    return {"complete": False, "inputs": inputs, "files": files}
+    files = report["files"] if report and report["inputs"] == inputs else {}
+    return {name: files[name] for name in shards
+            if name in files and (out / name).is_file() and (out / name).stat().st_size == files[name]["bytes"]}
