@@ -189,6 +189,8 @@ class Diagnoser:
         if normals is not None and not isinstance(normals, Reference):
             normals = self.reference(normals, product or "object", tiles=tiles)
             watch.lap("reference")
+        if normals and normals.levels and picture.info["levels"]:
+            picture = read_image(image, normals.levels)  # deep grey in the range of the normal pictures
         product = product or (normals.product if normals else "object")
         calibration = normals.calibration if normals else Calibration("none")
         limits = calibration.limits(false_alarm_rate)

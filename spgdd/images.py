@@ -4,6 +4,7 @@ import glob
 import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,21 @@ from spgdd.errors import ImageError
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jfif .bmp .gif .tif .tiff .webp .avif .jp2 .ppm .pgm .pbm .heic .heif".split()
 )
-FORMATS = "PNG JPEG BMP DIB GIF TIFF WEBP AVIF JPEG2000 PPM HEIF".split()  # Pillow's names of these
+FORMATS = "PNG JPEG MPO BMP DIB GIF TIFF WEBP AVIF JPEG2000 PPM HEIF".split()  # others may start other programs
+DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of grey with more than 8 bits
+TAILS = 0.001  # share of deep grey's pixels at either end that its range leaves out: hot and dead ones
+STRIP = 1 << 22  # pixels converted at a time, so that memory holds little beside the picture
 ORIENTATION = 0x0112  # number of the EXIF entry
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
-def read_image(source) -> Image.Image:
+def read_image(source, levels: tuple[float, float] | None = None) -> Image.Image:
     """The picture as a person sees it: RGB, EXIF orientation applied, transparency on white, first frame.
 
     ``source`` is a path, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, bool,
-    float in 0..1, or uint16 grey. Grey of 16 and more bits is stretched from its own smallest and largest
-    value to 0..255. What was changed or left out is told in ``.info["notes"]``, a list of str.
+    float in 0..1, or uint16 grey. Grey of 16 and more bits is stretched to 0..255 from ``levels``, by default its own
+    range without its most extreme pixels; pictures that are compared must be read with the same ones. The levels used
+    are in ``.info["levels"]`` (None for other pictures), what was changed or left out in ``.info["notes"]``.
     Raises ImageError.
     """
     name = image_name(source)
@@ -38,10 +43,10 @@ def read_image(source) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damage ends in an error; large within the limit is fine
             if isinstance(source, Image.Image):
-                return _to_rgb(source, [])
+                return _to_rgb(source, [], levels)
             with open_picture(source) as image:
                 frames = getattr(image, "n_frames", 1)
-                return _to_rgb(image, [f"first of {frames} frames"] if frames > 1 else [])
+                return _to_rgb(image, [f"first of {frames} frames"] if frames > 1 else [], levels)
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"{name}: not a picture that Pillow can read, or too damaged to tell. "
                          "Export it again, as PNG or JPEG.") from error  # fmt: skip
@@ -56,6 +61,19 @@ def open_picture(path: str | Path) -> Image.Image:
     """``Image.open`` for the formats that are meant: for others, such as EPS, Pillow starts other programs."""
     Image.init()
     return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def levels_of(source) -> tuple[float, float] | None:
+    """The range of a deep grey picture; None of any other, whose pixels are not decoded where it is a file."""
+    if isinstance(source, (str, Path)):
+        with suppress(Exception), warnings.catch_warnings():  # what is wrong with it is told when it is read
+            warnings.simplefilter("ignore")
+            with open_picture(source) as image:
+                if image.mode not in DEEP:
+                    return None
+    elif isinstance(source, Image.Image) and source.mode not in DEEP:
+        return None
+    return read_image(source).info["levels"]
 
 
 def read_header(path: str | Path) -> tuple[int, int, int]:
@@ -102,11 +120,16 @@ def list_images(paths) -> list[Path]:
         else:
             found.append(Path(path))
             continue
-        files = [file for file in matches if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+        files = [file for file in matches if file.suffix.lower() in SUFFIXES and not hidden(file, Path(path))]
         if not files:
             raise ImageError(f"{path}: no picture in here. Sub-folders are not searched: name one.")
         found += sorted(files, key=_natural)
     return found
+
+
+def hidden(path: Path, below: Path) -> bool:
+    """Whether programs left a file behind, by a part of its path that the folder or pattern does not name."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts if part not in below.parts)
 
 
 def _natural(path: Path) -> list:
@@ -132,21 +155,46 @@ def _check_file(path: Path, name: str) -> None:
         register_heif_opener()
 
 
-def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
-    image = ImageOps.exif_transpose(image)  # decodes all pixels, returns a copy
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.float64)
-        finite = grey[np.isfinite(grey)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
-        grey = np.clip((grey - low) * (255 / ((high - low) or 1)), 0, 255)
-        image = Image.fromarray(np.rint(np.nan_to_num(grey)).astype(np.uint8))
-        notes = [*notes, f"grey values {low:g} to {high:g} stretched to 0 to 255"]
+def _to_rgb(image: Image.Image, notes: list[str], levels: tuple[float, float] | None) -> Image.Image:
+    cut = any("16" in str(tile[3]) for tile in getattr(image, "tile", ())) and image.mode in ("RGB", "RGBA")
+    image.load()
+    image = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+    if image.mode in DEEP:
+        image, levels = _stretched(np.asarray(image), levels)
+        notes = [*notes, "grey values {:g} to {:g} stretched to 0 to 255".format(*levels)]
+    else:
+        levels = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info = {"notes": notes}
-    return image
+        picture, height = Image.new("RGB", image.size, "white"), max(1, STRIP // image.width)
+        for top in range(0, image.height, height):
+            strip = image.crop((0, top, image.width, min(top + height, image.height)))
+            picture.paste(strip, (0, top), strip)
+    else:
+        picture = image.convert("RGB")
+    if cut and (brightest := max(high for _, high in picture.getextrema())) < 64:
+        raise ValueError(f"48-bit colour of which 8 bits a channel are read, and no value is above {brightest} of 255: "
+                         "scale it to the full range first")  # fmt: skip
+    picture.info = {"notes": notes + ["48-bit colour, read with 8 bits a channel"] * cut, "levels": levels}
+    return picture
+
+
+def _stretched(grey: np.ndarray, levels: tuple[float, float] | None) -> tuple[Image.Image, tuple[float, float]]:
+    """Deep grey (H, W) as a grey picture of 8 bits, and the levels that became 0 and 255."""
+    if levels is None:
+        step = max(1, int(np.sqrt(grey.size / STRIP)))
+        some = grey[::step, ::step].astype(np.float32)
+        some = some[np.isfinite(some)]
+        if not some.size:
+            raise ValueError("no value in it is a number")
+        low, high = (np.quantile(some, q, method=m) for q, m in ((TAILS, "lower"), (1 - TAILS, "higher")))
+        levels = float(low), float(high)
+    low, high = levels
+    result, height = np.empty(grey.shape, np.uint8), max(1, STRIP // grey.shape[1])
+    for top in range(0, len(grey), height):
+        part = (grey[top : top + height].astype(np.float32) - low) * (255 / ((high - low) or 1))
+        result[top : top + height] = np.rint(np.clip(np.nan_to_num(part, posinf=255), 0, 255))
+    return Image.fromarray(result), levels
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

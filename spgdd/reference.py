@@ -13,7 +13,7 @@ from torch import Tensor
 from spgdd.calibration import AREA, Calibration, altered_copies
 from spgdd.errors import ImageError, SpgddError, WeightsError
 from spgdd.files import whole_file
-from spgdd.images import image_name, list_images, read_image
+from spgdd.images import image_name, levels_of, list_images, read_image
 from spgdd.model import SPGDD, Seen
 from spgdd.sealed import seal, unseal
 from spgdd.selfprompt import MemoryBank
@@ -35,6 +35,7 @@ class Reference:
     calibration: Calibration = field(repr=False)
     whole: Whole = field(repr=False)  # what they look like as whole pictures
     digests: frozenset[str] = field(repr=False)  # of the pixels: a query can be one of the normals
+    levels: tuple[float, float] | None  # of deep grey, see ``read_image``; None: the normal pictures are no such ones
     tiles: int  # a picture is seen whole and in tiles x tiles parts; 1: only whole
     profile: str  # of the model that made it
     vision: str = field(repr=False)  # fingerprint of the vision tower that made the entries
@@ -49,6 +50,7 @@ class Reference:
         """Write everything to one ``.safetensors`` file, whole or not at all; ``load_reference`` reads it."""
         bank = self.bank
         about = {"product": self.product, "normals": self.normals, "digests": sorted(self.digests), "tiles": self.tiles,
+                 "levels": self.levels,
                  "profile": self.profile, "vision": self.vision, "trained": self.trained, "rotate": bank.rotate,
                  "scales": bank.scales, "pictures": bank.normals, "calibration": asdict(self.calibration)}  # fmt: skip
         tensors = {"tokens": bank.tokens.cpu().contiguous(), "origin": bank.origin.cpu().contiguous(),
@@ -78,13 +80,16 @@ def read_reference(path: str | Path) -> Reference:
         if not all(isinstance(text, str) for text in texts) or len(names) != bank.normals:
             raise ValueError(f"{len(names)} names of {bank.normals} pictures")
         check_tiles(about["tiles"])
+        levels = about.pop("levels")
+        if levels is not None and not (len(levels) == 2 and -1e38 < levels[0] <= levels[1] < 1e38):
+            raise ValueError(f"levels {levels!r}")
         whole = Whole(tensors["light"], tensors["look"])
         if whole.light.shape != (len(names), 4) or whole.look.shape != (len(names), bank.tokens.shape[3]):
             raise ValueError(f"{tuple(whole.light.shape)} and {tuple(whole.look.shape)} measures of whole pictures")
         if not all(part.dtype == torch.float32 and part.isfinite().all() for part in whole):
             raise ValueError("measures of whole pictures that are not finite")
-        return Reference(normals=tuple(names), digests=frozenset(digests), bank=bank, whole=whole,
-                         calibration=Calibration(**values), **about)  # fmt: skip
+        return Reference(levels=levels and tuple(levels), normals=tuple(names), digests=frozenset(digests), bank=bank,
+                         whole=whole, calibration=Calibration(**values), **about)  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError, SpgddError) as error:
         raise WeightsError(f"{path} does not hold what a memory file holds ({error}). {AGAIN}") from error
 
@@ -125,7 +130,7 @@ def build_reference(
         getattr(profile, name) if value is None else value
         for name, value in (("budget", budget), ("rotate", rotate), ("tiles", tiles))
     )
-    pictures = read_normals(normals, profile, tiles)
+    pictures, levels = read_normals(normals, profile, tiles)
     if new := [digest for digest in pictures if digest not in known]:
         known |= zip(new, model.look([pictures[digest][2] for digest in new], rotate), strict=True)
     names, views, pixels = zip(*pictures.values(), strict=True)
@@ -155,24 +160,28 @@ def build_reference(
         measured=profile.measured,
     )
     made_by = profile.name, model.fingerprint, fingerprint(model)
-    return Reference(product, names, bank, calibration, whole, frozenset(pictures), tiles, *made_by)
+    return Reference(product, names, bank, calibration, whole, frozenset(pictures), levels, tiles, *made_by)
 
 
-def read_normals(normals, profile, tiles: int) -> dict[str, tuple[str, Views, list[Tensor]]]:
-    """Name, views and their pixels of each different picture, by the digest of its pixels.
+def read_normals(normals, profile, tiles: int) -> tuple[dict[str, tuple[str, Views, list[Tensor]]], tuple | None]:
+    """Name, views and their pixels of each different picture, by the digest of its pixels; and the levels of deep grey.
 
     Raises ImageError where there is none.
     """
-    pictures = {}
+    sources, pictures, levels = [], {}, None
     for item in normals if isinstance(normals, (list, tuple)) else [normals]:
-        for source in list_images(item) if isinstance(item, (str, Path)) else [item]:
-            picture = read_image(source)
-            views = Views.of(picture, profile, tiles)
-            pixels = views.pixels(picture)
-            pictures.setdefault(digest_of(pixels[0]), (image_name(source), views, pixels))
-    if not pictures:
+        sources += list_images(item) if isinstance(item, (str, Path)) else [item]
+    if not sources:
         raise ImageError("normals is empty: give a normal picture, or None to diagnose without any.")
-    return pictures
+    own = [found for source in sources if (found := levels_of(source))]
+    if own:  # one range for all of them, and for what is compared with them
+        levels = min(low for low, _ in own), max(high for _, high in own)
+    for source in sources:
+        picture = read_image(source, levels)
+        views = Views.of(picture, profile, tiles)
+        pixels = views.pixels(picture)
+        pictures.setdefault(digest_of(pixels[0]), (image_name(source), views, pixels))
+    return pictures, levels
 
 
 def digest_of(pixels: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 import struct
 import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_lossless_files_are_read_unchanged(tmp_path, suffix):
     path = tmp_path / f"part.{suffix}"
     Image.fromarray(NOISE).save(path, lossless=True)
     picture = read_image(path)
-    assert picture.mode == "RGB" and picture.info == {"notes": []}
+    assert picture.mode == "RGB" and picture.info == {"notes": [], "levels": None}
     np.testing.assert_array_equal(np.asarray(picture), NOISE)
     np.testing.assert_array_equal(np.asarray(read_image(str(path))), NOISE)
     np.testing.assert_array_equal(np.asarray(read_image(Image.open(path))), NOISE)
@@ -106,6 +107,63 @@ def test_sixteen_bit_colour_png(tmp_path):
     (tmp_path / "deep.png").write_bytes(data)
     picture = read_image(tmp_path / "deep.png")
     close((picture.getpixel((0, 0)), picture.getpixel((1, 1))), ((255, 0, 0), (0, 0, 128)))
+
+
+def test_colour_of_twelve_bits_in_sixteen_is_refused_and_others_are_noted(tmp_path):
+    from PIL import ImageFile
+
+    dark = Image.new("RGB", (4, 4), (15, 9, 3))  # what is left of 12-bit data
+    for picture, message in ((dark, "48-bit colour .* no value is above 15"), (Image.new("RGB", (4, 4), "red"), "")):
+        picture.tile = [ImageFile._Tile("zip", (0, 0, 4, 4), 0, "RGB;16B")]
+        if message:
+            with pytest.raises(ImageError, match=message):
+                read_image(picture)
+        else:
+            assert "48-bit colour, read with 8 bits a channel" in read_image(picture).info["notes"]
+
+
+def test_a_hot_pixel_moves_no_range_and_levels_may_be_given():
+    grey = np.random.default_rng(0).integers(1000, 1100, (200, 200)).astype(np.uint16)
+    plain = read_image(grey)
+    grey[3, 3], grey[9, 9] = 65535, 0
+    hot = read_image(grey)
+    assert hot.info["levels"] == pytest.approx(plain.info["levels"], abs=2)
+    assert np.abs(np.asarray(hot).astype(int) - np.asarray(plain))[20:].max() <= 6
+    given = read_image(grey, (0, 65535))
+    assert given.info["levels"] == (0, 65535) and np.asarray(given)[20:].max() < 8
+
+
+def test_an_eps_file_by_another_name_starts_no_program(tmp_path):
+    (tmp_path / "part.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="not a picture"):
+        read_image(tmp_path / "part.jpg")
+
+
+def test_a_picture_without_any_number_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(ImageError, match="no value in it is a number"):
+        read_image(tmp_path / "nan.tif")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "RGB", "F"])
+def test_memory_stays_near_the_pictures_own(tmp_path, mode):
+    """Peak above what Python and the file need, in bytes a pixel, of a picture of 36 megapixels."""
+    side, path = 6000, tmp_path / "large.tif"
+    kinds = {"I;16": np.uint16, "F": np.float32}
+    rows = np.linspace(0, 200, side).astype(kinds.get(mode, np.uint8))
+    grey = np.broadcast_to(rows, (side, side))
+    picture = Image.fromarray(np.ascontiguousarray(grey))
+    (picture if mode in kinds else picture.convert(mode)).save(path)
+    code = f"""
+import resource
+from spgdd.images import read_image
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_image({str(path)!r})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024 / {side}**2)
+"""
+    found = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert found < 9.5, f"{found:.1f} bytes a pixel"
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "tif"])
@@ -237,7 +295,8 @@ def test_decompression_bomb_is_refused_with_its_size_and_the_limit(tmp_path):
 
 
 def test_list_images(tmp_path):
-    for name in ("part10.png", "part2.PNG", "part1.jpg", ".hidden.png", "notes.txt", "sub/part3.png"):
+    files = "part10.png part2.PNG part1.jpg .hidden.png ._part1.jpg notes.txt sub/part3.png Thumbs.db"
+    for name in (*files.split(), ".ipynb_checkpoints/part1.png", "__MACOSX/part1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()

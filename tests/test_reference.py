@@ -241,6 +241,7 @@ def test_no_change_of_a_memory_file_passes(tmp_path, diagnoser, saved):
     {"calibration": {"scores": []}}, {"calibration": {"scores": [float("nan"), 0.1]}},
     {"calibration": {"pictures": -1}}, {"calibration": {"largest": 3}},
     {"calibration": {"colour": 1}}, {"calibration": {"outlines": [0.1]}}, {"calibration": {"scores": [3.0, 0.1]}},
+    {"levels": [1]}, {"levels": [5, float("nan")]}, {"levels": "ab"},
 ], ids=str)  # fmt: skip
 def test_a_sealed_file_of_impossible_values_is_refused(tmp_path, diagnoser, saved, change):
     tensors, metadata = unseal(saved)
@@ -266,6 +267,22 @@ def test_a_sealed_file_of_impossible_tensors_is_refused(tmp_path, diagnoser, sav
     path.write_bytes(seal(changed, {"format": FORMAT, "about": metadata["about"]}))
     with pytest.raises(WeightsError, match="spgdd memory build"):
         diagnoser.load_reference(path)
+
+
+def test_deep_grey_is_compared_in_the_range_of_the_normals(tmp_path, diagnoser):
+    """One hot pixel hides no defect: normals and query are read from one range, which the file keeps."""
+    rng, normals = np.random.default_rng(0), []
+    for _ in range(4):
+        normals.append((1000 + 20 * rng.normal(size=(300, 300))).clip(900, 1100).astype(np.uint16))
+    reference = diagnoser.reference(normals, "plate")
+    assert reference.levels == pytest.approx((940, 1060), abs=15)
+    bad = normals[0].copy()
+    bad[100:140, 100:140], bad[5, 5] = 1400, 65535
+    known = diagnoser.load_reference(reference.save(tmp_path / "plate.safetensors"))
+    assert known.levels == reference.levels
+    for each in (reference, known):
+        assert diagnoser.diagnose(bad, each).score > 3 * max(reference.calibration.scores)
+    assert diagnoser.reference(part(seed=1)).levels is None
 
 
 def test_a_memory_file_may_be_cut_or_replaced_while_it_is_in_use(tmp_path, diagnoser, saved):

@@ -145,7 +145,8 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     calibrations = {key: reference.calibration if reference else Calibration("none") for key, reference in sets.items()}
     limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
     counts, pictures, asked = ({key: kind() for key in sets} for kind in (PixelCounts, list, list))
-    for batch in load_batches(task.queries, model.profile):
+    levels = next((reference.levels for reference in sets.values() if reference and reference.levels), None)
+    for batch in load_batches(task.queries, model.profile, levels):
         seen, count = model.look([loaded.pixels for loaded in batch]), batch[0].views.count
         patches = torch.cat([one.patches[0] for one in seen])  # (B*V, L, N, D)
         wholes = [Whole.of(loaded.pixels[0], one) for loaded, one in zip(batch, seen, strict=True)]
@@ -214,18 +215,18 @@ class Loaded:
     places: list[str]
 
 
-def load_batches(pictures: Sequence[Picture], profile: Profile) -> Iterator[list[Loaded]]:
-    """Decoded pictures in batches; while the caller works on one batch, the next is decoded."""
+def load_batches(pictures: Sequence[Picture], profile: Profile, levels=None) -> Iterator[list[Loaded]]:
+    """Decoded pictures in batches, deep grey from ``levels``; while the caller works on one, the next is decoded."""
     with ThreadPoolExecutor() as pool:
         batches = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
-        decoding = ([pool.submit(load_picture, one, profile) for one in batch] for batch in batches)
+        decoding = ([pool.submit(load_picture, one, profile, levels) for one in batch] for batch in batches)
         for futures in prefetched(decoding):
             yield results(futures)
 
 
-def load_picture(picture: Picture, profile: Profile) -> Loaded:
+def load_picture(picture: Picture, profile: Profile, levels=None) -> Loaded:
     """Decode a picture and its mask, and shrink the mask area by area to the frame of the map."""
-    image = read_image(picture.source)
+    image = read_image(picture.source, levels)
     views = Views.of(image, profile)
     coverage, places = None, list(picture.places)
     if picture.mask is not None:
