@@ -200,9 +200,8 @@ def published(options) -> float:
 def ours(options) -> dict:
     model, found = build(options), {"rate": 0.0}
     data, filling = load(model, options, options.samples, options.length)
-    tokenizer = model.language.tokenizer
-    seen = model.imagebind.encode_image(torch.zeros(1, 3, 224, 224, device=model.device))
-    prompts = model.prompt_tokens(model.anomaly_map(seen), seen.patches).shape[1]
+    tokenizer, (seen,) = model.language.tokenizer, model.look([[torch.zeros(3, 224, 224, dtype=torch.uint8)]])
+    prompts = model.prompt_tokens(torch.zeros(1, 1, 224, 224, device=options.device), seen.patches[0]).shape[1]
     tokens = 2 + len(tokenizer.encode(PROMPT_START)) + len(tokenizer.encode(IMAGE_END)) + prompts
     tokens += np.mean([len(encode_turns(tokenizer, item.talks[0], options.length, "")[0]) for item in data.items])
     language = model.language.llama_model.named_parameters()

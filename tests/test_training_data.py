@@ -30,7 +30,7 @@ from spgdd.loading import load_model
 from spgdd.prefetch import prefetched
 from spgdd.profiles import get_profile
 from spgdd.training import cache as cache_module
-from spgdd.training.cache import Picture
+from spgdd.training.cache import PictureFile
 from spgdd.training.data import TrainingData
 
 MINI = ROOT / "data" / "mini"
@@ -278,14 +278,14 @@ def count_encoded(monkeypatch, model) -> list[int]:
 def test_a_file_belongs_to_bytes_mask_tower_and_crop(model, data, tmp_path):
     image, cache = tmp_path / "a.png", data.cache
     Image.new("RGB", (30, 20), "red").save(image)
-    path = cache.path(Picture(image))
+    path = cache.path(PictureFile(image))
     shutil.copy(image, tmp_path / "b.png")
-    assert cache.path(Picture(tmp_path / "b.png")) == path
-    assert cache.path(Picture(image, mask=tmp_path / "b.png")) != path
-    assert cache.path(Picture(image, source=image)) != path
-    assert cache.path(Picture(image, source=image, number=1)) != cache.path(Picture(image, source=image))
+    assert cache.path(PictureFile(tmp_path / "b.png")) == path
+    assert cache.path(PictureFile(image, mask=tmp_path / "b.png")) != path
+    assert cache.path(PictureFile(image, source=image)) != path
+    assert cache.path(PictureFile(image, source=image, number=1)) != cache.path(PictureFile(image, source=image))
     Image.new("RGB", (30, 20), "blue").save(image)
-    assert cache_module.FeatureCache(cache.folder.parent, model).path(Picture(image)).name != path.name
+    assert cache_module.FeatureCache(cache.folder.parent, model).path(PictureFile(image)).name != path.name
     profile, qkv = model.profile, model.imagebind.modality_trunks["vision"].blocks[0].attn.in_proj_weight
     try:
         model.profile = dataclasses.replace(profile, fit="crop")
@@ -358,7 +358,7 @@ def test_ranks_share_the_work_and_all_find_everything(model, folder, tmp_path, m
 
 
 def test_unfinished_files_of_killed_runs_are_removed(data, model):
-    old, new = (data.cache.folder / f"x.{age}.partial" for age in ("old", "new"))
+    old, new = (data.cache.folder / f".x.{age}.part" for age in ("old", "new"))
     old.touch(), new.touch()
     os.utime(old, (time.time() - 7200,) * 2)
     data.fill()

@@ -84,6 +84,7 @@ def train(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processes = join_processes(device, engine == "deepspeed")
+    rank, ranks = processes.process_index, processes.num_processes
     if processes.use_distributed and device == "cuda":
         device = str(processes.device)
     torch.manual_seed(settings.seed)  # of the parts that begin at random
@@ -102,9 +103,9 @@ def train(
     if held_out_path:
         held_out = TrainingData(model, held_out_path, images(held_out_path), cache=cache, variants=0)
     for each in filter(None, (data, held_out)):
-        each.fill(processes.process_index, processes.num_processes)
+        each.fill(rank, ranks)
     loop.train(model, data, settings, folder, held_out=held_out, engine=engine, resume=resume, log_folder=log_path)
-    if processes.is_main_process:
+    if rank == 0:
         print(f"{folder / 'delta.safetensors'}: trained.")
 
 

@@ -2,11 +2,11 @@
 
     cache = FeatureCache("runs/features", model)
     cache.fill(pictures)
-    seen = cache.read(pictures[0])
+    contents = cache.read(pictures[0])
 
-There is one safetensors file a picture, read whole. Its name is a hash of all that its content depends on, and the
-folder's of the tower and of how pictures become square. A file gets its name when it is complete: a run that is killed
-leaves all that it has finished, and any number of runs and ranks may fill and read one folder at a time.
+There is one sealed safetensors file a picture, read whole. Its name is a hash of all that its content depends on, and
+the folder's of the tower and of how pictures become square. A file gets its name when it is complete: a run that is
+killed leaves all that it has finished, and any number of runs and ranks may fill and read one folder at a time.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,29 +23,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from spgdd.data.masks import mask_files, read_mask
 from spgdd.data.synthesis import DEFAULT, SynthesisSettings, synthesise
-from spgdd.errors import DataError
-from spgdd.imagebind import ImageFeatures
-from spgdd.imagebind.preprocess import normalise, to_pixels
+from spgdd.errors import DataError, SpgddError
+from spgdd.files import whole_file
+from spgdd.imagebind.preprocess import to_pixels
 from spgdd.images import read_image
 from spgdd.model import SPGDD
 from spgdd.prefetch import prefetched, results
+from spgdd.sealed import seal, unseal
 from spgdd.views import SIZE, Views
 
 BATCH = 32  # pictures that the vision tower takes at once
-RECIPE = 1  # number of how pictures become content; another one makes every file anew
+RECIPE = 2  # number of how pictures become content; another one makes every file anew
 MASK_SHARE = 0.1  # a pixel of the square is defective if this share of it is (AnomalyGPT)
 STALE = 3600  # seconds after which an unfinished file is taken for one of a killed run
 
 
 @dataclass(frozen=True)
-class Picture:
+class PictureFile:
     """An image file, or an anomaly made of a normal one."""
 
     image: Path
@@ -57,8 +55,8 @@ class Picture:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """A picture as the model gets it: with features, or with pixels that are still to be encoded."""
+class Contents:
+    """What training takes from a picture file: with features, or with pixels that are still to be encoded."""
 
     mask: Tensor  # (224, 224) uint8, 0 to 255: how surely a pixel is defective
     defects: list[dict]  # of an anomaly, for spgdd.data.words
@@ -67,8 +65,8 @@ class Seen:
     patches: Tensor | None = None  # (L, N, D) float16
 
 
-def look(picture: Picture, fit: str) -> Seen:
-    """Decode a picture, mark or make its defects. Raises ImageError and DataError that name the file."""
+def decode(picture: PictureFile, fit: str) -> Contents:
+    """Pixels with the defects that are marked or made in them. Raises ImageError and DataError that name the file."""
     image = read_image(picture.image)
     pixels, mask, defects = to_pixels(image, fit), np.zeros((SIZE, SIZE), np.uint8), []
     if picture.source:
@@ -82,11 +80,17 @@ def look(picture: Picture, fit: str) -> Seen:
         except DataError as error:
             raise DataError(f"mask {error} Replace it, or take {picture.image} out of the text file.") from error
         mask = np.uint8(255) * (Views(*image.size, fit).to_map(marks) > MASK_SHARE)
-    return Seen(torch.from_numpy(mask), defects, pixels)
+    return Contents(torch.from_numpy(mask), defects, pixels)
+
+
+def encode(model: SPGDD, decoded: Sequence[Contents]) -> list[tuple[Tensor, Tensor]]:
+    """Embedding (J,) float32 and patches (L, N, D) float16 of each picture's pixels, on the model's device."""
+    seen = model.look([[one.pixels] for one in decoded])
+    return [(each.embedding.float(), each.patches[0, 0].half()) for each in seen]
 
 
 class FeatureCache:
-    """Files of ``Seen`` below ``folder``, as this model sees pictures."""
+    """Files of ``Contents`` below ``folder``, as this model sees pictures."""
 
     def __init__(self, folder: str | Path, model: SPGDD):
         self.model, self.fit = model, model.profile.fit
@@ -99,7 +103,7 @@ class FeatureCache:
         patches = len(config.taps) * (config.image_size // config.patch) ** 2 * config.vision.width
         return 2 * patches + 4 * config.joint + SIZE**2
 
-    def path(self, picture: Picture) -> Path:
+    def path(self, picture: PictureFile) -> Path:
         """The file of a picture, there or not; reads the files that it depends on, once each."""
         masks = mask_files(picture.mask) if picture.mask else [None]
         files = [self._digest(path) if path else b"" for path in (picture.image, *masks, picture.source)]
@@ -114,7 +118,7 @@ class FeatureCache:
                 raise DataError(f"{path} cannot be read ({error.strerror}). Was it moved since the start?") from error
         return self._digests[path]
 
-    def fill(self, pictures: Iterable[Picture], rank: int = 0, ranks: int = 1) -> None:
+    def fill(self, pictures: Iterable[PictureFile], rank: int = 0, ranks: int = 1) -> None:
         """Encode what is not there yet.
 
         Every rank may call it, on one host or many: each begins at its share, goes on with whatever is missing then,
@@ -128,71 +132,61 @@ class FeatureCache:
             missing = missing[start:] + missing[:start]
             parts = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
             decoding = (
-                [(path, pool.submit(look, of[path], self.fit)) for path in part if not path.exists()] for part in parts
+                [(path, pool.submit(decode, of[path], self.fit)) for path in part if not path.exists()]
+                for part in parts
             )
             writing = []
             with tqdm(total=len(missing), desc="features", unit="picture", disable=rank > 0 or not missing) as bar:
                 for part, decoded in zip(parts, prefetched(decoding), strict=True):
                     if decoded:
-                        seen = results(future for _, future in decoded)
-                        features = zip(*(column.cpu() for column in encode(self.model, seen)), strict=True)
+                        contents = results(future for _, future in decoded)
+                        features = encode(self.model, contents)
                         results(writing)
-                        rows = zip(decoded, seen, features, strict=True)
-                        writing = [pool.submit(_write, path, one, *row) for (path, _), one, row in rows]
+                        rows = zip(decoded, contents, features, strict=True)
+                        writing = [pool.submit(self._write, path, of[path], *row) for (path, _), *row in rows]
                     bar.update(len(part))
             results(writing)
 
     def _missing(self, paths: Sequence[Path]) -> list[Path]:
-        """The files that are not there, if there is room for them. Unfinished ones of killed runs are removed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):  # another rank may be faster
+        """The files that are not there, if they can be written. Unfinished ones of killed runs are removed."""
+        mend = "Choose another folder or fewer variants, or train without a cache."
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.folder} cannot be made ({error.strerror}). {mend}") from error
+        for path in self.folder.glob(".*.part"):
+            with contextlib.suppress(OSError):  # another rank may be faster
                 if time.time() - path.stat().st_mtime > STALE:
                     path.unlink()
         there = {entry.name for entry in os.scandir(self.folder)}
         missing = [path for path in paths if path.name not in there]
+        if missing and not os.access(self.folder, os.W_OK):
+            raise DataError(f"{self.folder} lacks {len(missing)} pictures and cannot be written to. {mend}")
         needed, free = len(missing) * self.bytes_each, shutil.disk_usage(self.folder).free
         if needed > free:
-            raise DataError(
-                f"The features of {len(missing)} pictures take {needed / 1e9:.1f} GB, {self.folder} has "
-                f"{free / 1e9:.1f} GB free. Choose another folder or fewer variants, or train without a cache."
-            )
+            raise DataError(f"The features of {len(missing)} pictures take {needed / 1e9:.1f} GB, {self.folder} has "
+                            f"{free / 1e9:.1f} GB free. {mend}")  # fmt: skip
         return missing
 
-    def read(self, picture: Picture) -> Seen:
+    def _write(self, path: Path, picture: PictureFile, contents: Contents, features: tuple[Tensor, Tensor]) -> None:
+        embedding, patches = (tensor.cpu() for tensor in features)
+        if not (embedding.isfinite().all() and patches.isfinite().all()):
+            raise DataError(f"What the vision tower makes of {picture.image} is not finite. Is the tower damaged?")
+        tensors = {"mask": contents.mask, "embedding": embedding, "patches": patches}
+        try:
+            with whole_file(path) as file:
+                file.write(seal(tensors, {"defects": json.dumps(contents.defects)}))
+        except SpgddError as error:
+            raise DataError(f"{error} What is encoded is kept: start again when there is room.") from error
+
+    def read(self, picture: PictureFile) -> Contents:
         """What ``fill`` has written of the picture. Raises DataError for a file that is not there or damaged."""
         path = self.path(picture)
         try:
-            return _read(path)
+            # Not through a memory map, whose pages would be fetched one by one in the one thread that makes batches.
+            tensors, metadata = unseal(path.read_bytes())
         except FileNotFoundError:
             raise DataError(f"{picture.image} is not in the feature cache {self.folder}: fill it first.") from None
-        except (SafetensorError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}). Delete it and start again: it is made anew.") from error
-
-
-def encode(model: SPGDD, seen: Sequence[Seen]) -> ImageFeatures:
-    """Features of pixels on the model's device: embedding (B, J) float32, patches (B, L, N, D) float16."""
-    pixels = torch.stack([one.pixels for one in seen]).split(BATCH)
-    parts = [model.imagebind.encode_image(normalise(some.to(model.device))) for some in pixels]
-    embedding, patches = zip(*parts, strict=True)
-    return ImageFeatures(torch.cat(embedding).float(), torch.cat(patches).half())
-
-
-def _read(path: Path) -> Seen:
-    """A file, read whole.
-
-    Not through safetensors' memory map: its pages would be fetched one by one where they are first touched, and that
-    is in the one thread that makes batches.
-    """
-    content = path.read_bytes()
-    tensors = load(content)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # ``load`` leaves the metadata out
-    defects = json.loads(header["__metadata__"]["defects"])
-    return Seen(tensors["mask"], defects, None, tensors["embedding"], tensors["patches"])
-
-
-def _write(path: Path, seen: Seen, embedding: Tensor, patches: Tensor) -> None:
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # ranks and hosts may write the same picture
-    tensors = {"mask": seen.mask, "embedding": embedding, "patches": patches}
-    partial.write_bytes(save(tensors, {"defects": json.dumps(seen.defects)}))
-    os.replace(partial, path)
+        return Contents(defects=json.loads(metadata["defects"]), **tensors)

@@ -4,34 +4,77 @@
                               exp_avg.safetensors, exp_avg_sq.safetensors
                               position.json
 
-Nothing in it depends on how many processes there were, or on DeepSpeed. Randomness has no state: it follows from seed
-and step.
+Each with a checksum. Nothing in them depends on how many processes there were, or on DeepSpeed. Randomness has no
+state: it follows from seed and step.
 """
 
+import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
-from spgdd.files import read_json, write_json
+from filelock import FileLock, Timeout
+
+from spgdd.errors import SpgddError
+from spgdd.files import read_json, write_json, write_text
 from spgdd.tensors import read_tensors, write_tensors
 from spgdd.training.worker import MOMENTS, State
 
 FILES = {"value": "delta.safetensors"} | {kind: f"{kind}.safetensors" for kind in MOMENTS}
 
 
+@contextmanager
+def claimed(folder: Path, needed: int) -> Iterator[None]:
+    """The folder for this process alone while it lives, with room for so many bytes.
+
+    Raises SpgddError that names the process which has it, or says what is wrong with the folder.
+    """
+    owner = folder / ".owner"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        free = shutil.disk_usage(folder).free
+    except Timeout:
+        holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+        raise SpgddError(f"{folder} is in use by {holder}. Wait for its end, or choose another folder.") from None
+    except OSError as error:
+        raise SpgddError(f"{folder} cannot be written to ({error.strerror}). Choose another folder.") from error
+    with lock:
+        if free < needed:
+            raise SpgddError(f"Checkpoints take {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free.")
+        write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+        owner.unlink(missing_ok=True)
+
+
 def save(folder: Path, state: State, position: dict, metadata: dict[str, str], keep: int) -> Path:
     """Write checkpoint number ``position["step"]`` and remove all but the last ``keep``."""
-    for unfinished in folder.glob("*.part"):  # of a run that was killed
-        shutil.rmtree(unfinished)
+    remove_unfinished(folder)
     final = folder / f"step-{position['step']:08}"
     if not final.exists():
         partial = final.with_suffix(".part")
-        for kind, name in FILES.items():
-            write_tensors(partial / name, state[kind], metadata)
-        write_json(partial / "position.json", position)
+        try:
+            for kind, name in FILES.items():
+                write_tensors(partial / name, state[kind], metadata)
+            write_json(partial / "position.json", position | {"checksum": checksum(position)})
+        except SpgddError as error:
+            remove_unfinished(folder)
+            kept = [path.name for path in every(folder)]
+            raise SpgddError(f"{error} Kept in {folder}: {', '.join(kept) or 'nothing'}.") from error
         partial.rename(final)
     for old in every(folder)[:-keep]:
         shutil.rmtree(old.rename(old.with_suffix(".part")))  # half removed it would look like one
     return final
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What is left of a run that was killed, or that found no room."""
+    for unfinished in folder.glob("*.part"):
+        shutil.rmtree(unfinished)
 
 
 def every(folder: Path) -> list[Path]:
@@ -41,6 +84,12 @@ def every(folder: Path) -> list[Path]:
 
 def load(path: Path) -> tuple[State, dict]:
     """State and position. Raises SpgddError for a damaged file."""
-    mend = f"Delete {path}: the run goes on from the one before."
+    mend = f"Delete {path}: --resume (resume=True) goes on from the checkpoint before."
     position = read_json(path / "position.json", mend)
-    return {kind: read_tensors(path / file, intact=True, mend=mend) for kind, file in FILES.items()}, position
+    if position.pop("checksum", None) != checksum(position):
+        raise SpgddError(f"{path / 'position.json'} is damaged (its checksum is another). {mend}")
+    return {kind: read_tensors(path / name, intact=True, mend=mend) for kind, name in FILES.items()}, position
+
+
+def checksum(position: dict) -> str:
+    return sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()

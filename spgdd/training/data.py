@@ -10,12 +10,14 @@ follows from (seed, epoch, index), and the order of an epoch from (seed, epoch, 
 every rank finds the same.
 """
 
+import hashlib
 import itertools
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from spgdd.errors import DataError
 from spgdd.imagebind import ImageFeatures
 from spgdd.model import SPGDD
 from spgdd.prefetch import prefetched, results
-from spgdd.training.cache import FeatureCache, Picture, Seen, encode, look
+from spgdd.training.cache import Contents, FeatureCache, PictureFile, decode, encode
 from spgdd.views import SIZE
 
 WINDOW = 64  # batches among which examples of like length are put together
@@ -42,10 +44,10 @@ ORDINARY = {"type": "anomaly", "place": "center", "box": (90, 90, 134, 134), "ar
 class Item:
     """What examples are drawn from."""
 
-    pictures: list[Picture]  # one, or several anomalies of which each epoch sees one
+    pictures: list[PictureFile]  # one, or several anomalies of which each epoch sees one
     talks: list[list[dict]]  # conversations, of which each epoch sees one; none: made up about the anomaly
     product: str = "object"
-    normals: tuple[Picture, ...] = ()  # good pictures of the same product, this one may be among them
+    normals: tuple[PictureFile, ...] = ()  # good pictures of the same product, this one may be among them
     masked: bool = False  # whether it is known which pixels are defective
 
 
@@ -54,8 +56,8 @@ class Example:
     key: str  # for messages
     product: str
     conversation: list[dict]  # [{"from": "human" | "gpt", "value": text}, ...]
-    seen: Seen
-    normals: list[Seen]
+    seen: Contents
+    normals: list[Contents]
     masked: bool
 
 
@@ -103,12 +105,32 @@ class TrainingData:
         self.items = _tadd_items(Path(text), Path(images), turns, variants) if text else []
         if chat:
             records = read_records(chat, chat_images, chat_turns)
-            self.items += [Item([Picture(record.image)], [record.conversation]) for record in records]
+            self.items += [Item([PictureFile(record.image)], [record.conversation]) for record in records]
         if not self.items:
             raise DataError("There is nothing to train on: give a text file with records, or a chat file.")
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that examples follow from, but for the pictures' bytes and for where their folder lies."""
+
+        def names(pictures: Iterable[PictureFile]) -> list[tuple]:
+            return [(*(path and path.parts[-4:] for path in (picture.image, picture.mask, picture.source)),
+                     picture.settings, picture.number) for picture in pictures]  # fmt: skip
+
+        total = hashlib.sha256(repr((self.seed, self.shots, self.turns)).encode())
+        for normals in self._normals():
+            total.update(repr(names(normals)).encode())
+        for item in self.items:
+            known = names(item.pictures), item.talks, item.product, len(item.normals), item.masked
+            total.update(repr(known).encode())
+        return total.hexdigest()
+
+    def _normals(self) -> Iterable[tuple[PictureFile, ...]]:
+        """Those of each product, once: its items share them."""
+        return {id(item.normals): item.normals for item in self.items}.values()
 
     @property
     def products(self) -> list[str]:
@@ -117,8 +139,7 @@ class TrainingData:
     def fill(self, rank: int = 0, ranks: int = 1) -> None:
         """Encode into the cache what is not in it; see ``FeatureCache.fill``. Without a cache, do nothing."""
         if self.cache:
-            normals = {id(item.normals): item.normals for item in self.items}.values()  # shared by a product's items
-            lists = [*(item.pictures for item in self.items), *(normals if any(self.shots) else ())]
+            lists = [*(item.pictures for item in self.items), *(self._normals() if any(self.shots) else ())]
             self.cache.fill(itertools.chain.from_iterable(lists), rank, ranks)
 
     def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
@@ -170,7 +191,7 @@ class TrainingData:
         if self.cache:
             rows, stack = iter([(one.embedding, one.patches) for one in every]), stack_pinned
         else:
-            rows, stack = zip(*encode(self.model, every), strict=True), torch.stack
+            rows, stack = iter(encode(self.model, every)), torch.stack
         own, normals = [], []
         for example in examples:
             own.append(next(rows))
@@ -186,8 +207,8 @@ class TrainingData:
             normals=None if all(one is None for one in normals) else normals,
         )
 
-    def _read(self, picture: Picture) -> Seen:
-        return self.cache.read(picture) if self.cache else look(picture, self.model.profile.fit)
+    def _read(self, picture: PictureFile) -> Contents:
+        return self.cache.read(picture) if self.cache else decode(picture, self.model.profile.fit)
 
     def _talk(self, index: int, epoch: int, defects: list[dict]) -> list[dict]:
         """One of the conversations about a picture, or a new one about an anomaly's defects."""
@@ -220,25 +241,25 @@ def _tadd_items(text: Path, images: Path, turns: int | None, variants: int) -> l
     normals = {}
     for product, those in good.items():
         those = [row for row in those if row.split == "train"] or those
-        normals[product] = tuple(Picture(images / row.image) for row in those)
+        normals[product] = tuple(PictureFile(images / row.image) for row in those)
     items = []
     for image, said in talks.items():
         if image not in rows:
-            items.append(Item([Picture(image)], said))
+            items.append(Item([PictureFile(image)], said))
             continue
         row = rows[image]
         name = spoken_name(row.product)
         known, is_good = normals.get((row.subset, row.product), ()), row.defect_type == "good"
-        picture = Picture(image, images / row.mask if row.mask else None)
+        picture = PictureFile(image, images / row.mask if row.mask else None)
         items.append(Item([picture], said, name, known, is_good or bool(row.mask)))
         if is_good and variants:
             items.append(Item(_anomalies(image, row, known, variants), [], name, known, True))
     return items
 
 
-def _anomalies(image: Path, row: Row, normals: Sequence[Picture], count: int) -> list[Picture]:
+def _anomalies(image: Path, row: Row, normals: Sequence[PictureFile], count: int) -> list[PictureFile]:
     """Anomalies on a good image, with patches of other normal images of the product where there are any."""
     rng = random.Random(row.image.encode("utf-8", "surrogateescape"))
     sources = [normal.image for normal in normals if normal.image != image] or [image]
     settings = PRODUCT_SETTINGS.get(row.product) or PRODUCT_SETTINGS.get(row.subset, DEFAULT)
-    return [Picture(image, None, rng.choice(sources), settings, rng.randrange(2**32)) for _ in range(count)]
+    return [PictureFile(image, None, rng.choice(sources), settings, rng.randrange(2**32)) for _ in range(count)]

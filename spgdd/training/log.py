@@ -85,8 +85,11 @@ class Log:
         """One line more."""
         self.lines.append(line)
         if self.worker.rank == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(as_text(line))
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(as_text(line))
+            except OSError as error:
+                raise SpgddError(f"{self.path}: cannot be written ({error.strerror}). Checkpoints are kept.") from error
         for view in self.views:
             view.show(line)
 
@@ -104,8 +107,9 @@ def read(path: Path) -> list[dict]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+            lines += [line] if type(line["step"]) is int else []
+        except (ValueError, TypeError, KeyError):
             break
     return lines
 

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,27 +53,30 @@ def train(
     Raises SpgddError for a folder that holds a run and for settings that contradict it, TrainingError for a loss that
     is not a number, DataError for data that do not make a batch.
     """
-    folder, checkpoints = Path(folder), Path(folder) / "checkpoints"
-    there = checkpoint.every(checkpoints)
-    if there and not resume:
-        raise SpgddError(f"There is a run in {folder}. Go on with --resume (resume=True), or choose another folder.")
-    with prepared(model, settings, data.cache is not None) as parameters, stopping() as asked:
+    folder, checkpoints, claims = Path(folder), Path(folder) / "checkpoints", ExitStack()
+    log_folder = Path(log_folder or folder)
+    with prepared(model, settings, data.cache is not None) as parameters, stopping() as asked, claims:
         loss, half = lambda batch: objective(model, batch, settings.max_tgt_len), base(model).dtype == torch.float16
         worker = Worker(loss, parameters, settings, half, engine == "deepspeed")
+        room = 12 * (settings.keep + 1) * sum(parameter.numel() for parameter in parameters.values())
+        for each in dict.fromkeys((folder, log_folder)):
+            worker.on_first(lambda each=each: claims.enter_context(checkpoint.claimed(each, room)))
+        there = checkpoint.every(checkpoints)
+        if there and not resume:
+            mend = "Go on with --resume (resume=True), or choose another folder."
+            raise SpgddError(f"There is a run in {folder}. {mend}")
         length = len(data.order(0, settings.seed, settings.batch))
         total = settings.steps or settings.epochs * length
         done = resume_from(there[-1], worker, settings, data) if there else 0
-        log = Log(Path(log_folder or folder), worker, total, settings.batch, done)
+        log = Log(log_folder, worker, total, settings.batch, done)
 
         def save() -> None:
             log.write(done / length, checkpoints)  # what is not a number is not saved
             state = worker.state()
-            if worker.rank == 0:
-                position = {"step": done, "examples": len(data), "loss_scale": worker.scaler.state_dict()}
-                position["settings"] = dataclasses.asdict(settings)
-                about = {"profile": model.profile.name, "step": str(done), "spgdd": __version__}
-                checkpoint.save(checkpoints, state, position, about, settings.keep)
-            worker.gather(None)  # wait for the files
+            position = {"step": done, "examples": len(data), "data": getattr(data, "digest", None)}
+            position |= {"loss_scale": worker.scaler.state_dict(), "settings": dataclasses.asdict(settings)}
+            about = {"profile": model.profile.name, "step": str(done), "spgdd": __version__}
+            worker.on_first(lambda: checkpoint.save(checkpoints, state, position, about, settings.keep))
             log.restart_clock()
 
         try:
@@ -101,11 +104,14 @@ def train(
         finally:
             log.close()
             worker.close()
-        if worker.rank == 0:
-            with whole_file(folder / checkpoint.FILES["value"]) as file:
-                file.write((checkpoint.every(checkpoints)[-1] / checkpoint.FILES["value"]).read_bytes())
-        worker.gather(None)
+        worker.on_first(lambda: copy(checkpoint.every(checkpoints)[-1] / checkpoint.FILES["value"], folder))
     return log.lines
+
+
+def copy(file: Path, folder: Path) -> None:
+    """Whole or not at all."""
+    with whole_file(folder / file.name) as to:
+        to.write(file.read_bytes())
 
 
 def read(
@@ -189,6 +195,8 @@ def resume_from(path: Path, worker: Worker, settings: TrainingSettings, data) ->
     others = [f"{name} {was.get(name)!r} there, {now[name]!r} here" for name in fixed if was.get(name) != now[name]]
     if position["examples"] != len(data):
         others.append(f"{position['examples']} examples there, {len(data)} here")
+    elif position["data"] != getattr(data, "digest", None):
+        others.append("other data of equal number: pictures, texts, variants, turns, shots or seed differ")
     if state["value"].keys() != worker.parameters.keys():
         others.append("other parameters, of another profile")
     if others:

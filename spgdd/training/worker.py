@@ -120,6 +120,17 @@ class Worker:
             torch.distributed.all_gather_object(things, thing, group=self.group)
         return things
 
+    def on_first(self, do: Callable[[], object]) -> None:
+        """Let rank 0 alone do something while the others wait; its SpgddError is raised on all."""
+        problem = None
+        try:
+            if self.rank == 0:
+                do()
+        except SpgddError as error:
+            problem = error
+        if problem := self.gather(problem)[0]:
+            raise problem
+
     def state(self) -> State:
         """Values and moments on the CPU; every rank calls."""
 
