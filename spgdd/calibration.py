@@ -49,6 +49,9 @@ class Limits(NamedTuple):
     high: float
     outline: float  # map value that bounds a region
 
+    def verdict(self, score: float) -> str:
+        return "normal" if score < self.low else "defective" if score > self.high else "unsure"
+
 
 # Of abnormal probabilities where no normal picture is known. At 0.5 three of four good pictures would be defective;
 # mini's maps part good and defective ones best at 0.7, on generated pictures as on photographs.

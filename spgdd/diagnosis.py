@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +51,7 @@ class Diagnosis:
     views: Views
     square_map: np.ndarray  # float32 (M, M): the map in the square that the model saw, M = 224 without tiles
     preview: bytes  # JPEG
-    _reply: Callable[..., "Answer"] | None  # of question, history, length and options of generation
+    _speak: Callable[..., Iterator["Answer"]] | None  # of question, history, length, box and options of generation
 
     @cached_property
     def anomaly_map(self) -> np.ndarray:
@@ -72,24 +72,34 @@ class Diagnosis:
         """Whether text and map say the same: see ``spgdd.agreement``."""
         return agreement.agreement(self.question, self.text, self.verdict)
 
-    def ask(self, question: str, max_new_tokens: int = 128, **options) -> "Diagnosis":
+    def ask(self, question: str, max_new_tokens: int = 128, box: tuple[int, int, int, int] | None = None,
+            **options) -> "Diagnosis":  # fmt: skip
         """The same diagnosis with the answer to a further question; the picture is not encoded again.
 
+        ``box`` (x0, y0, x1, y1) in pixels of the picture: asked of this rectangle alone, so that the model is told of
+        the map in it and of no earlier answer.
         ``options`` are those of ``Vicuna.generate``. Raises SpgddError for a model that does not speak.
         """
-        if self._reply is None:
+        *_, answered = self.stream(question, max_new_tokens, box, **options)
+        return answered
+
+    def stream(self, question: str, max_new_tokens: int = 128, box: tuple[int, int, int, int] | None = None,
+               **options) -> Iterator["Diagnosis"]:  # fmt: skip
+        """``ask`` as it speaks: the diagnosis with the answer so far, again and again. Who stops listening stops it."""
+        if self._speak is None:
             speaking = ", ".join(name for name, profile in PROFILES.items() if profile.language)
             raise SpgddError(f"The model ({self.profile}) was loaded without a language part, so it cannot be asked. "
                              f"Load one that speaks: {speaking}.")  # fmt: skip
-        answer = self._reply(question, self.turns, max_new_tokens, **options)
-        return replace(self, question=question, text=answer.text.strip(), yes=answer.yes, history=self.turns)
+        asked = question if box is None else f"{question}\n\nIn the rectangle {', '.join(map(str, box))} alone."
+        for answer in self._speak(question, self.turns if box is None else (), max_new_tokens, box, **options):
+            yield replace(self, question=asked, text=answer.text.strip(), yes=answer.yes, history=self.turns)
 
     def at(self, false_alarm_rate: float) -> "Diagnosis":
         """The same map judged at another false-alarm rate; nothing is encoded again."""
         limits = self.calibration.limits(false_alarm_rate)
         judged = judge(self.score, self.square_map, limits, self.views, self.comparable)
         moved = replace(self, false_alarm_rate=false_alarm_rate, **judged)
-        return moved if self._reply else replace(moved, text=sentence(moved))
+        return moved if self._speak else replace(moved, text=sentence(moved))
 
     def to_dict(self, timings: bool = False) -> dict:
         """JSON values, the same on every run; ``timings`` adds the seconds per stage, which are not."""
@@ -209,12 +219,14 @@ class Diagnoser:
         judged = judge(score, square_map, limits, views, not unlike)
         watch.lap("map")
 
-        reply = None
+        speak = None
         if model.language is not None:
-            prompts = model.prompt_tokens(prompt_map, seen.told[None], bank and bank.entries)  # (1, P, H)
 
-            def reply(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int, **options) -> "Answer":
-                return model.language.generate(
+            @torch.no_grad()
+            def speak(question: str, history: Sequence[tuple[str, str]], max_new_tokens: int, box=None, **options):
+                inside = 1 if box is None else views.inside(box, prompt_map.shape[-1]).to(prompt_map)
+                prompts = model.prompt_tokens(prompt_map * inside, seen.told[None], bank and bank.entries)  # (1, P, H)
+                yield from model.language.stream(
                     seen.embedding[None], question, history, prompts, max_new_tokens, **options
                 )
 
@@ -239,9 +251,9 @@ class Diagnoser:
             normals=normals.normals if normals else (), question="", text="", yes=None,
             history=tuple(tuple(turn) for turn in history), score=score, calibration=calibration,
             false_alarm_rate=false_alarm_rate, comparable=not unlike, notes=tuple(notes), timings=watch.laps,
-            views=views, square_map=square_map, preview=preview(picture), _reply=reply, **judged,
+            views=views, square_map=square_map, preview=preview(picture), _speak=speak, **judged,
         )  # fmt: skip
-        if reply is None:
+        if speak is None:
             return replace(found, text=sentence(found))
         if answer:
             found = found.ask(default_question(product) if question is None else question, max_new_tokens)
@@ -258,8 +270,7 @@ def load(profile: str = "mini", **options) -> Diagnoser:
 
 def judge(score: float, square_map: np.ndarray, limits: Limits, views: Views, comparable: bool = True) -> dict:
     """Verdict and regions within limits, as fields of ``Diagnosis``."""
-    verdict = "normal" if score < limits.low else "defective" if score > limits.high else "unsure"
-    verdict = verdict if comparable else "unsure"
+    verdict = limits.verdict(score) if comparable else "unsure"
     regions = () if verdict == "normal" else views.regions(square_map, limits.outline, limits.low)
     return {"limits": limits, "verdict": verdict, "regions": regions}
 

@@ -22,6 +22,7 @@ from spgdd.views import Views
 PREVIEW = 480  # pixels of the longer side of a picture
 PREVIEW_BYTES = 65_000
 LISTED = 8  # regions in the table of a card
+BINS = 40  # columns of the histogram
 HEAT = np.array([(255, 225, 90), (255, 140, 0), (205, 15, 60)], np.float32)  # weak, at threshold, strong
 COLOURS = {"normal": "#1a7f4b", "defective": "#c8253c", "unsure": "#a86400"}
 AGREEMENT = {
@@ -92,26 +93,39 @@ def number(value: float) -> str:
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1e}"
 
 
+def summary(diagnosis) -> str:
+    """HTML of verdict, histogram of normal scores, regions and notes: a card without pictures and text."""
+    return _template().style() + _template().summary(diagnosis, _facts(diagnosis) | {"dots": ()})
+
+
 def _card(d) -> str:
+    picture, heat = (base64.b64encode(data).decode() for data in (d.preview, _jpeg(overlay(d))))
+    wide = d.views.width > 1.5 * d.views.height
+    return _template().card(d, _facts(d) | {"picture": picture, "heat": heat, "wide": wide})
+
+
+def _facts(d) -> dict:
+    """What the template says of a diagnosis, as text, and in percent of the scale's width."""
     folder, name = os.path.split(d.image)
     scores = d.calibration.scores
     end = 1.15 * max(d.score, d.limits.high, *scores, 1e-6)
     values = (d.score, d.limits.low, d.limits.high, d.threshold, *scores)
     score_at, low, high, threshold_at, *dots = (f"{100 * max(value, 0) / end:.2f}" for value in values)
+    counts, _ = np.histogram(scores, BINS, (0, end))
     green, amber, red = (COLOURS[verdict] + "66" for verdict in ("normal", "unsure", "defective"))
     basis = "fixed, no normal picture is known"
     if scores:
         many = d.calibration.pictures
         basis = f"{100 * d.false_alarm_rate:.3g}% false alarms, {d.calibration.method} on {many} normal picture"
         basis += "s" * (many > 1)
-    picture, heat = (base64.b64encode(data).decode() for data in (d.preview, _overlay(d)))
-    return _template().card(d, {
-        "folder": os.path.join(folder, ""), "name": name, "agreement": AGREEMENT.get(d.agreement), "picture": picture,
-        "heat": heat, "wide": d.views.width > 1.5 * d.views.height, "score": number(d.score),
-        "threshold": number(d.threshold), "score_at": score_at, "threshold_at": threshold_at, "dots": dots,
+    return {
+        "folder": os.path.join(folder, ""), "name": name, "agreement": AGREEMENT.get(d.agreement),
+        "score": number(d.score), "threshold": number(d.threshold), "low": number(d.limits.low),
+        "high": number(d.limits.high), "score_at": score_at, "threshold_at": threshold_at, "dots": dots,
+        "columns": [100 * count / max(1, *counts) for count in counts],
         "scale": f"linear-gradient(90deg,{green} {low}%,{amber} {low}% {high}%,{red} {high}%)", "basis": basis,
         "turns": d.turns, "listed": LISTED,
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def preview(picture: Image.Image) -> bytes:
@@ -132,15 +146,16 @@ def _jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _overlay(d) -> bytes:
-    """The preview under the heat map, its colours tied to the threshold, with the regions."""
+def overlay(diagnosis, opacity: float = 0.6) -> Image.Image:
+    """The preview under the heat map, its colours tied to the threshold, with the regions; ``opacity`` 0 to 1."""
+    d = diagnosis
     picture = Image.open(BytesIO(d.preview)).convert("RGB")
     heat = Views(*picture.size, d.views.fit, size=d.views.size).to_picture(d.square_map)  # (H, W)
     strength = np.clip(np.nan_to_num(heat) / d.threshold - 0.5, 0, 1)[..., None]  # 0.5 at the threshold
     upper = (strength[..., 0] > 0.5).astype(int)
     share = strength * 2 - upper[..., None]
     colour = HEAT[upper] * (1 - share) + HEAT[upper + 1] * share  # (H, W, 3)
-    alpha = np.minimum(strength, 0.6)
+    alpha = np.minimum(strength, opacity)
     pixels = np.asarray(picture) * (1 - alpha) + colour * alpha
     pixels[np.isnan(heat)] *= 0.35  # not seen by the model
     scale = np.array([picture.width / d.views.width, picture.height / d.views.height] * 2)
@@ -158,4 +173,4 @@ def _overlay(d) -> bytes:
         left, top = min(x0, picture.width - width), max(0, y0 - 19)
         draw.rectangle((left, top, left + width - 1, top + 19), fill=COLOURS["defective"])
         draw.text((left + 5, top + 1), str(number_), fill="white", font=font)
-    return _jpeg(picture)
+    return picture

@@ -169,6 +169,21 @@ class Views:
         resized = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
         return np.asarray(resized)[top : top + self.side, left : left + self.side].clip(0, 1)
 
+    def inside(self, box: tuple[int, int, int, int], side: int) -> Tensor:
+        """Box of the picture -> float32 (side, side): 1 at the pixels of a map of the square that lie in it, else 0.
+
+        Raises SpgddError where none does.
+        """
+        position = (torch.arange(side, dtype=torch.float64) + 0.5) * self.size / side
+        columns, rows = (
+            (low <= (position + offset) * length / resized) & ((position + offset) * length / resized < high)
+            for low, high, (length, resized, offset) in zip(box[:2], box[2:], self._axes(), strict=True)
+        )
+        if not (columns.any() and rows.any()):
+            raise SpgddError(f"The rectangle {tuple(box)} holds nothing of what the model sees of the picture, which "
+                             f"is {self.width} x {self.height}. Give x0, y0, x1, y1 in its pixels.")  # fmt: skip
+        return (rows[:, None] & columns).float()
+
     def box_to_picture(self, x0: float, y0: float, x1: float, y1: float) -> tuple[int, int, int, int]:
         """Box edges in the square -> pixels (x0, y0, x1, y1) of the picture; x1, y1 outside; never empty."""
         (left, right), (top, bottom) = (

@@ -38,7 +38,7 @@ class FakeModel(SPGDD):
         self.memory = Memory(taps=1, width=4)
         self.comparison = self.image_decoder = self.abnormal_prompts = None
         self.vision = SimpleNamespace(encode_image=self.encode_image, mean=MEAN, std=STD)
-        self.language = SimpleNamespace(generate=self.generate)
+        self.language = SimpleNamespace(stream=self.stream)
         self.encoded = 0  # pictures
         self.asked = []  # (question, history)
 
@@ -57,7 +57,8 @@ class FakeModel(SPGDD):
     def prompt_tokens(self, anomaly_map, patches, entries=None):
         return anomaly_map.flatten(1).max(1).values.view(-1, 1, 1)
 
-    def generate(self, embedding, question, history=(), prompt_tokens=None, max_new_tokens=128):
+    def stream(self, embedding, question, history=(), prompt_tokens=None, max_new_tokens=128, **options):
         self.asked.append((question, tuple(history)))
         answer = "Yes, there is an anomaly." if prompt_tokens.max() > 0.1 else "No, there is no anomaly."
-        return SimpleNamespace(text=answer, yes=float(answer.startswith("Yes")))
+        for end in (3, len(answer)):
+            yield SimpleNamespace(text=answer[:end], yes=float(answer.startswith("Yes")))

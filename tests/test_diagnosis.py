@@ -17,7 +17,7 @@ from spgdd.diagnosis import Diagnoser
 from spgdd.errors import ImageError, SpgddError
 from spgdd.files import write_text
 from spgdd.loading import load_model
-from spgdd.report import save_report
+from spgdd.report import save_report, summary
 from spgdd.selfprompt import Evidence
 from test_model import IMAGES, MAP_ATOL, RUNS, TINY_PROFILE, reduced_tokenizer, weights  # noqa: F401 (a fixture)
 
@@ -133,15 +133,38 @@ def test_question_history_and_follow_up_do_not_encode_again():
     assert model.asked[-1] == ("Is it round?", (("Hello", "Hi"),)) and other.product == "metal nut"
 
 
+def test_an_answer_comes_word_by_word_and_stops_when_nobody_listens():
+    diagnoser = Diagnoser(FakeModel())
+    found = diagnoser.diagnose(part(), [part(seed=1)], answer=False)
+    assert found.text == "" and found.turns == ()
+    *parts, whole = found.stream("Is it good?")
+    assert len(parts) == 1 and whole.text.startswith(parts[0].text) and whole.text != parts[0].text
+    assert whole.turns == found.ask("Is it good?").turns and whole.square_map is found.square_map
+    assert next(whole.stream("And now?")).history == whole.turns
+
+
+def test_a_rectangle_is_asked_about_alone():
+    diagnoser = Diagnoser(FakeModel())
+    found = diagnoser.diagnose(part(marks=[(240, 60, 20, 20)]), [part(seed=1)])
+    assert found.verdict == "defective" and found.text.startswith("Yes")
+    without, within = (found.ask("Is anything wrong?", box=box) for box in ((0, 150, 120, 300), (200, 20, 290, 100)))
+    assert without.text.startswith("No") and within.text.startswith("Yes")
+    assert diagnoser.model.asked[-1] == ("Is anything wrong?", ()), "an earlier answer speaks of the whole picture"
+    assert within.turns[-1][0].endswith("In the rectangle 200, 20, 290, 100 alone.")
+    assert without.agreement == "not asked", "an answer about a part is not compared with the verdict on the whole"
+    with pytest.raises(SpgddError, match="300 x 300"):
+        found.ask("Is anything wrong?", box=(300, 0, 310, 9))
+
+
 # Results
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if not run["web_demo"]], ids=lambda run: run["name"])
 def test_diagnosis_equals_the_published_one(tiny, monkeypatch, run):
     """From the pictures to the score and the answer, as AnomalyGPT's own code has it."""
-    generate, answers = tiny.language.generate, []
+    stream, answers = tiny.language.stream, []
     monkeypatch.setattr(
-        tiny.language, "generate", lambda *arguments: answers.append(generate(*arguments)) or answers[-1]
+        tiny.language, "stream", lambda *given: (answers.append(answer) or answer for answer in stream(*given))
     )
     image, *normals = (
         np.asarray(Image.open(IMAGES / name).convert("RGB"))  # as published: EXIF is not looked at
@@ -151,7 +174,7 @@ def test_diagnosis_equals_the_published_one(tiny, monkeypatch, run):
         image, normals or None, run["class_used"], run["prompt"], max_new_tokens=run["max_new_tokens"]
     )
     check(f"{run['name']}.score", found.score, run["map_max"], atol=MAP_ATOL)
-    assert answers[0].ids == run["new_tokens"] and found.text == answers[0].text.strip()
+    assert answers[-1].ids == run["new_tokens"] and found.text == answers[-1].text.strip()
     assert len(found.calibration.scores) == {0: 0, 1: 4, 2: 2}[len(normals)]
 
 
@@ -222,6 +245,14 @@ def test_card_is_small_escaped_and_complete(tmp_path, diagnoser):
     assert "<script" not in html and "<i>nut" not in html and "&lt;b&gt;&amp;.png" in html
     assert found.verdict in html and f"{found.score:.3f}" in html and html.count("data:image/jpeg;base64,") == 2
     assert not re.search(r"https?://|src=\"(?!data:)", html)
+
+
+def test_summary_has_a_column_for_each_score_of_a_normal_picture(diagnoser, reference):
+    found = diagnoser.diagnose(part(), reference)
+    html = summary(found)
+    heights = [float(height) for height in re.findall(r'<i style="height:([\d.]+)%"', html)]
+    assert len(heights) == 40 and 1 <= sum(height > 0 for height in heights) <= len(reference.calibration.scores)
+    assert max(heights) == 100 and found.verdict in html and "data:image" not in html
 
 
 def test_report_page(tmp_path, diagnoser, reference):

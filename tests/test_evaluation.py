@@ -161,7 +161,7 @@ class Speaker(FakeModel):
         self.language.generate_batch = self.generate_batch
 
     def generate_batch(self, embedding, questions, prompt_tokens, max_new_tokens):
-        answers = [self.generate(None, q, (), tokens) for q, tokens in zip(questions, prompt_tokens, strict=True)]
+        answers = [[*self.stream(None, q, (), tokens)][-1] for q, tokens in zip(questions, prompt_tokens, strict=True)]
         return [SimpleNamespace(text=answer.text, stopped="marker") for answer in answers]
 
 

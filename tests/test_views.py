@@ -7,6 +7,7 @@ from PIL import Image
 
 from fake_model import FakeModel, part
 from spgdd.diagnosis import Diagnoser, load
+from spgdd.errors import SpgddError
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.model import Seen, _split_square
 from spgdd.selfprompt import Evidence
@@ -34,6 +35,20 @@ def test_positions_agree_with_the_preprocessing(size, fit):
         inner &= (np.minimum(rows, size[1] - rows) > 0.02 * size[1])[:, None]
         # 255 colours over the picture; half a pixel of the square is the least that a shifted map is off
         assert np.abs(returned - colours[..., axis])[inner].mean() < 0.35
+
+
+@pytest.mark.parametrize("size", [(300, 600), (900, 400), (224, 224)])
+@pytest.mark.parametrize("fit", ["squash", "crop"])
+def test_a_rectangle_is_where_its_mask_is(size, fit):
+    views, box = Views(*size, fit), (size[0] // 3, size[1] // 4, size[0] // 2, size[1] - 20)
+    mask = np.zeros(size[::-1], bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    inside = views.inside(box, views.side).numpy()
+    assert 0 < inside.sum() and np.abs(inside - views.to_map(mask)).mean() < 0.01  # half a pixel along the edges
+    assert views.inside(box, 32).shape == (32, 32)
+    for nothing in ((20, 20, 20, 90), (size[0] + 9, 0, size[0] + 50, 50)):
+        with pytest.raises(SpgddError, match=f"{size[0]} x {size[1]}"):
+            views.inside(nothing, views.side)
 
 
 def marker_error(found, x, y, patch):
