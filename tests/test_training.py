@@ -68,7 +68,7 @@ def test_a_batch_may_be_cut_as_memory_asks(plain, tmp_path):
     cut = train(tiny_model(), TinyData(), settings(epochs=1, lora_dropout=0.0, micro_batch=1), tmp_path)
     for name in ("loss", "language", "token_accuracy"):
         assert losses(cut, name) == pytest.approx(losses(history, name), abs=2e-5), name
-    assert losses(cut, "gradient_norm") == pytest.approx(losses(history, "gradient_norm"), rel=5e-5)  # some 50 at first
+    assert losses(cut, "gradient_norm") == pytest.approx(losses(history, "gradient_norm"), rel=2e-4)  # some 50 at first
     assert furthest(delta(folder), delta(tmp_path)) < 1e-4
 
 
@@ -116,7 +116,7 @@ def test_rows_of_zeros_in_the_output_layer_change_nothing(monkeypatch):
     assert torch.equal(head.weight, weight) and head(torch.ones(32)).shape == (400,)
     monkeypatch.setattr(prepare, "padded", nullcontext)
     assert compute() == (400, (400,))
-    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
 def test_layers_compile_to_one_graph_and_are_left_as_they_were(plain, tmp_path, monkeypatch):
