@@ -18,7 +18,7 @@ from spgdd.data.index import Index, Row
 from spgdd.data.masks import read_mask
 from spgdd.data.words import TOPICS, conversation
 from spgdd.images import read_image
-from spgdd.places import place_of
+from spgdd.places import extent
 
 GAP = 0.02  # pieces of a mask that are nearer than this share of the longer side are one defect
 SPECK = 0.01  # pieces below this share of the mask are not counted as defects of their own
@@ -57,7 +57,7 @@ def sample_of(row: Row, folder: Path) -> dict:
     pixels = np.asarray(read_image(folder / row.image), dtype=np.float32)  # (H, W, 3), 0..255
     sample["defects"] = measure(mask, pixels, _kind(row))
     y, x = np.nonzero(mask)
-    sample["middle"] = place_of((x.mean() + 0.5) / mask.shape[1], (y.mean() + 0.5) / mask.shape[0])
+    sample["middle"] = extent(x, y, mask.shape)["place"]
     return sample
 
 
@@ -71,8 +71,7 @@ def measure(mask: np.ndarray, pixels: np.ndarray, kind: str) -> list[dict]:
 
     ``mask``: bool (H, W), not empty. ``pixels``: (H, W, 3), 0..255.
     """
-    height, width = mask.shape
-    reach = max(1, round(GAP * max(height, width) / 2))
+    reach = max(1, round(GAP * max(mask.shape) / 2))
     halo = ndimage.maximum_filter(mask, 2 * reach + 1)  # pieces whose halos touch are one defect
     groups, count = ndimage.label(halo, structure=np.ones((3, 3)))
     groups[~mask] = 0
@@ -82,15 +81,8 @@ def measure(mask: np.ndarray, pixels: np.ndarray, kind: str) -> list[dict]:
         if areas[label - 1] < SPECK * areas.sum():
             continue
         y, x = np.nonzero(groups == label)
-        defects.append({
-            "type": kind,
-            "place": place_of((x.mean() + 0.5) / width, (y.mean() + 0.5) / height),
-            "box": (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1),
-            "area": float(areas[label - 1] / mask.size),
-            "shape": shape_of(x, y),
-        })  # fmt: skip
-        contrast = contrast_of(x, y, mask, pixels)
-        if contrast is not None:
+        defects.append({"type": kind, **extent(x, y, mask.shape), "shape": shape_of(x, y)})
+        if (contrast := contrast_of(x, y, mask, pixels)) is not None:
             defects[-1]["contrast"] = contrast
     return defects
 

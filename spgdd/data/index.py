@@ -20,10 +20,7 @@ from spgdd.data.table import SHOWN, Index, Problem, Row
 from spgdd.errors import DataError, ImageError
 from spgdd.images import read_header
 
-MVTEC_PRODUCTS = set(
-    "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw "
-    "tile toothbrush transistor wood zipper".split()
-)
+MVTEC_PRODUCTS = set(KNOWN["mvtec"])
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}  # what systems leave, and names with a dot
 
 
@@ -166,34 +163,31 @@ def _visa_tables(rows: list[Row], found: list[Found], files: list[str], folder: 
     by_image = {row.image: row for row in rows}
     known = {name.lower(): name for name in files}
 
-    def lines(name: str, columns: str) -> list[dict]:
+    def lines(place: PurePosixPath, columns: str) -> list[dict]:
+        name = known.get(place.as_posix().lower())
         try:
-            return _table(folder / name, columns)
+            return _table(folder / name, columns) if name else []
         except DataError as error:
             problems.append(Problem.of(error, name, folder))
             return []
 
-    roots = sorted({one.root for one in found if one.layout.subset == "VisA"})
+    roots = sorted({PurePosixPath(one.root) for one in found if one.layout.subset == "VisA"})
     for root in roots:
-        top = PurePosixPath(root).parent
-        name = known.get(f"{root}image_anno.csv".lower())
-        for line in lines(name, "image,label,mask") if name else ():
-            image = known.get((top / line["image"]).as_posix().lower())
+        for line in lines(root / "image_anno.csv", "image,label,mask"):
+            image = known.get((root.parent / line["image"]).as_posix().lower())
             if image in by_image and line["label"] != "normal":
                 kind = ",".join(part.strip() for part in line["label"].split(","))
                 by_image[image] = replace(by_image[image], defect_type=kind)
-    for top in sorted({PurePosixPath(root).parent for root in roots}):
-        name = known.get((top / "split_csv" / "1cls.csv").as_posix().lower())
-        columns = "object,split,label,image,mask"
-        table = _table(Path(split_csv), columns) if split_csv else lines(name, columns) if name else []
-        for line in table:
+    for top in sorted({root.parent for root in roots}):
+        columns, usual = "object,split,label,image,mask", top / "split_csv" / "1cls.csv"
+        for line in _table(Path(split_csv), columns) if split_csv else lines(usual, columns):
             image, mask = ((top / line[key]).as_posix() if line[key] else "" for key in ("image", "mask"))
             if (there := known.get(image.lower())) in by_image:
                 by_image[there] = replace(by_image[there], split=line["split"])
             elif not there:
-                problems.append(Problem("missing", image, f"named in {split_csv or name}"))
+                problems.append(Problem("missing", image, f"named in {split_csv or usual}"))
             if mask and mask.lower() not in known:
-                problems.append(Problem("missing", mask, f"named in {split_csv or name}"))
+                problems.append(Problem("missing", mask, f"named in {split_csv or usual}"))
     return list(by_image.values())
 
 

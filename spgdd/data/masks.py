@@ -11,16 +11,11 @@ from scipy import ndimage
 from spgdd.data.layouts import is_picture
 from spgdd.data.matlab import read_field
 from spgdd.errors import DataError
-from spgdd.images import open_picture, read_header
+from spgdd.images import ORIENTATION, open_picture, read_header
 
 NUMBERS = 32  # grey values up to this one are numbers of classes, where there are no others but the ignored
 IGNORED = (224, 224, 192)  # colour of Pascal VOC for what belongs to no class; as a number it is 255
 MOST = 0.75  # of a picture; a mask that covers more is taken for one whose colours are exchanged
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 
 
 class AmbiguousMask(DataError):
@@ -67,7 +62,9 @@ def _as_seen(marks: np.ndarray, path: Path, image: Path) -> np.ndarray:
         raise DataError(f"{path}: {own[0]} x {own[1]} pixels, its image has {seen[0]} x {seen[1]}.")
     if orientation == 1:
         return marks
-    turned = np.asarray(Image.fromarray(marks).transpose(TURNS[orientation]))
+    stored = Image.fromarray(marks)
+    stored.getexif()[ORIENTATION] = orientation
+    turned = np.asarray(ImageOps.exif_transpose(stored))
     if (width, height) != seen:
         return marks if own == seen else turned
     if turned.shape == marks.shape and (turned == marks).all():

@@ -2,7 +2,7 @@
 
     result = synthesise(image, source, PRODUCT_SETTINGS.get("screw", DEFAULT), numpy.random.default_rng(0))
 
-Numbers are AnomalyGPT's; these oddities of the published code are mended:
+Numbers are AnomalyGPT's, each product's in ``synthesis.yaml``; these oddities of the published code are mended:
 - the source is an argument, not whatever image the same data-loader worker drew before;
 - after resizing, full sizes are kept within twice the half-width bounds, not within the half-width bounds;
 - two patches do not touch, so their labels do not overwrite each other; odd sizes are cloned without a shift;
@@ -10,12 +10,14 @@ Numbers are AnomalyGPT's; these oddities of the published code are mended:
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image
 from scipy import fft, ndimage
 
-from spgdd.places import place_of
+from spgdd.places import extent
 
 TRIES = 200
 MIN_VISIBLE = 20  # pixels of 224 x 224 with a label above 0.3, the threshold of the training loss
@@ -33,30 +35,9 @@ class SynthesisSettings:
 
 
 DEFAULT = SynthesisSettings(resize=(0.5, 2))  # every product of VisA, and any other
-WIDE, THIN = (0.03, 0.4), (0.03, 0.2)
-LIGHT, DARK = (200, 60), (20, 20)
 PRODUCT_SETTINGS = {
-    "bottle": SynthesisSettings(background=LIGHT),
-    "cable": SynthesisSettings((0.05, 0.4), (0.05, 0.4)),
-    "capsule": SynthesisSettings((0.03, 0.15), WIDE, (1 / 2, 4), LIGHT),
-    "hazelnut": SynthesisSettings((0.03, 0.35), (0.03, 0.35), background=DARK),
-    "metal_nut": SynthesisSettings(logistic=(1 / 3, 7), background=DARK),
-    "pill": SynthesisSettings(THIN, WIDE, (1 / 3, 7), DARK),
-    "screw": SynthesisSettings((0.03, 0.12), (0.03, 0.12), (1, 3), LIGHT),
-    "toothbrush": SynthesisSettings(WIDE, THIN, (1 / 6, 15), DARK),
-    "transistor": SynthesisSettings(logistic=(1 / 6, 15)),
-    "zipper": SynthesisSettings(WIDE, THIN, (1 / 6, 15), LIGHT),
-    "wood": SynthesisSettings(logistic=(1 / 6, 15), resize=(0.5, 2)),
-} | {
-    texture: SynthesisSettings(logistic=logistic, resize=(0.5, 2))  # of TADD: the label's curve as in SPGDD-GPT
-    for names, logistic in (
-        ("carpet grid leather tile", (1 / 3, 7)),
-        ("DeepCrack KolektorSDD KolektorSDD2 RSDD RSDD2 Eugen_Muller MT GAPS384", (1 / 3, 7)),
-        ("CRACK500 cracktree200 AITEX", (1 / 6, 15)),
-        ("Volker", (1 / 2, 4)),
-        ("CFD", (1, 3)),
-    )
-    for texture in names.split()
+    product: SynthesisSettings(**{name: tuple(values) for name, values in fields.items()})
+    for product, fields in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))["settings"].items()
 }
 
 
@@ -87,14 +68,8 @@ def synthesise(image: np.ndarray, source: np.ndarray, settings: SynthesisSetting
         y, x = np.nonzero(own > 0.3)
         if len(x) < MIN_VISIBLE * own.size / 224**2:
             continue
-        height, width = own.shape
-        defects.append({
-            "type": "anomaly",
-            "place": place_of((x.mean() + 0.5) / width, (y.mean() + 0.5) / height),
-            "box": (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1),
-            "area": len(x) / own.size,
-            "contrast": float(np.abs(changed - result.astype(float))[y, x].mean() / 255),
-        })  # fmt: skip
+        contrast = float(np.abs(changed - result.astype(float))[y, x].mean() / 255)
+        defects.append({"type": "anomaly", **extent(x, y, own.shape), "contrast": contrast})
         result, label = changed, np.maximum(label, own)
     return Synthetic(result, label, defects)
 

@@ -59,10 +59,6 @@ class Index:
     rows: list[Row]
     problems: list[Problem]
 
-    def mask_of(self, row: Row):
-        """Bool (H, W) of a row with a mask, see ``read_mask``."""
-        return read_mask(self.folder / row.mask, self.folder / row.image)
-
     def checked(self, rows: Iterable[Row] | None = None) -> "Index":
         """An index of these rows, by default all, whose pictures and masks could be decoded; the others are problems.
 
@@ -81,7 +77,7 @@ class Index:
         if not row.mask:
             return row, None
         try:
-            share = self.mask_of(row).mean()
+            share = read_mask(self.folder / row.mask, self.folder / row.image).mean()
         except DataError as error:
             return replace(row, mask=""), Problem.of(error, row.mask, self.folder)
         if not share:
