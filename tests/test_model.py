@@ -189,7 +189,7 @@ def test_a_device_map_reaches_the_language_model_alone(weights, monkeypatch):
 def test_a_diagnosis_keeps_no_gradients(model, monkeypatch):
     seen = []
     answer = Answer("No.", [], "eos", yes=0.25)
-    monkeypatch.setattr(model.language, "generate", lambda *inputs: seen.append(inputs) or answer)
+    monkeypatch.setattr(model.language, "stream", lambda *inputs: seen.append(inputs) or iter([answer]))
     Diagnoser(model).diagnose(FIXTURES / "preprocess/images/01_rgb_301x203.png", product="nut")
     embedding, _, _, tokens, _ = seen[0]
     assert tokens.shape == (1, 18, 64) and not tokens.requires_grad and not embedding.requires_grad
