@@ -1,7 +1,9 @@
-"""The one writer of files: whole or not at all; and how JSON objects are read back."""
+"""The one writer of files: whole or not at all; how JSON objects are read back, and who works in a folder."""
 
 import json
 import os
+import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -60,3 +62,30 @@ def read_json(path: str | os.PathLike, mend: str = "", error: type[SpgddError] =
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{path} is damaged ({reason}). {mend}".rstrip()) from reason
     return content
+
+
+@contextmanager
+def claimed(folder: str | os.PathLike, needed: int = 0) -> Iterator[None]:
+    """The folder for this process alone while it lives, with room for so many bytes.
+
+    Raises SpgddError that names the process which has it, or says what is wrong with the folder.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    owner = folder / ".owner"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        free = shutil.disk_usage(folder).free
+    except Timeout:
+        holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+        raise SpgddError(f"{folder} is in use by {holder}. Wait for its end, or choose another folder.") from None
+    except OSError as error:
+        raise SpgddError(f"{folder} cannot be written to ({error.strerror}). Choose another folder.") from error
+    with lock:
+        if free < needed:
+            raise SpgddError(f"{needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free.")
+        write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+        owner.unlink(missing_ok=True)

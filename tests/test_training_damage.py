@@ -124,7 +124,7 @@ def test_a_damaged_preset_is_refused_in_words_or_gives_settings_within_their_lim
 HOLD = """
 import sys
 from pathlib import Path
-from spgdd.training.checkpoint import claimed
+from spgdd.files import claimed
 with claimed(Path(sys.argv[1]), 0):
     print("held", flush=True)
     sys.stdin.read()
@@ -183,7 +183,7 @@ def test_room_and_rights_are_asked_for_at_the_start(tmp_path, monkeypatch, data,
         unfilled.fill()
     data.fill()  # a complete one may be read-only
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
-    with pytest.raises(SpgddError, match=r"Checkpoints take 0.0 GB, .* has 0.0 GB free"):
+    with pytest.raises(SpgddError, match=r"0.0 GB are needed in .*, 0.0 GB are free"):
         train(tiny_model(), TinyData(), settings(epochs=1), tmp_path / "run")
 
 

@@ -1,11 +1,13 @@
 """Nothing damaged passes: mutated files and mutated answers of servers are refused in a line, or change nothing."""
 
+import functools
 import hashlib
 import json
+import os
 import random
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,13 @@ from torch import nn
 
 from spgdd.data.download import unpack
 from spgdd.errors import SpgddError, WeightsError
+from spgdd.files import claimed
 from spgdd.language import Vicuna
 from spgdd.tensors import read_tensors
 from spgdd.weights import catalog
 from spgdd.weights.catalog import File
 from spgdd.weights.delta import apply_delta, save_delta
-from spgdd.weights.download import fetch
+from spgdd.weights.download import download, fetch
 from spgdd.weights.llama import recognise, require_v0
 from spgdd.weights.merge import MERGE_REPORT, merge_vicuna
 from spgdd.weights.verify import RECORD, check_file, status, verify
@@ -249,6 +252,22 @@ def test_a_published_size_bounds_a_download(tmp_path, known):
     assert not list(tmp_path.iterdir()) and server.sent < 50e6
     for bundle in map(catalog.get_bundle, catalog.names()[1]):
         assert all(file.size <= file.most < 1.1 * file.size + 2e5 for file in bundle.files)
+
+
+def test_a_full_disk_and_a_second_download_are_a_line(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    (tmp_path / "x.dat").write_bytes(bytes(20_000))
+    file = File("got/x.dat", (f"http://127.0.0.1:{server.server_port}/x.dat",), bytes=20_000, sha256="0" * 64)
+    file.partial(tmp_path).parent.mkdir()
+    file.partial(tmp_path).symlink_to("/dev/full")
+    try:
+        with pytest.raises(WeightsError, match="cannot be written .No space left"):
+            fetch(file, tmp_path, (), progress=False)
+    finally:
+        server.shutdown()
+    with claimed(tmp_path), pytest.raises(SpgddError, match=f"in use by process {os.getpid()}"):
+        download("anomalygpt-7b", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "xztar"])

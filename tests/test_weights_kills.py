@@ -107,5 +107,5 @@ def test_tadd_download_killed(server, tmp_path, kills=5):
 
     kill("tadd", tmp_path / "TADD", entry, kills, look)
     assert look() == whole
-    names = {path.name for path in unpacked.parent.iterdir() if not path.name.endswith(".part")}
-    assert names == {"bolt", "toy.zip", RECORD}
+    assert {path.name for path in unpacked.parent.iterdir() if path.name[0] != "."} == {"bolt", "toy.zip", RECORD}
+    assert not (unpacked.parent / ".toy.zip.unpacking").exists()

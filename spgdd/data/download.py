@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from spgdd.errors import DataError
+from spgdd.files import claimed
 
 MOST_BYTES = 20  # times an archive's size; pictures hardly shrink, their masks do
 MOST_FILES = 1_000_000  # of an archive
@@ -47,10 +48,11 @@ def download(name: str, root: str | Path = "data/TADD") -> Path:
     need, free = 2 * _size(entry), shutil.disk_usage(folder).free
     if need > free:
         raise DataError(f"{name} needs about {need / 1e9:.1f} GB in {folder}; {free / 1e9:.1f} GB are free.")
-    for file in entry["files"]:
-        options = {key: value for key, value in file.items() if key not in ("name", "sources")}
-        fetch(File(file["name"], tuple(file["sources"]), **options), folder)
-        unpack(folder / file["name"])
+    with claimed(folder):
+        for file in entry["files"]:
+            options = {key: value for key, value in file.items() if key not in ("name", "sources")}
+            fetch(File(file["name"], tuple(file["sources"]), **options), folder)
+            unpack(folder / file["name"])
     return folder
 
 

@@ -9,46 +9,16 @@ state: it follows from seed and step.
 """
 
 import json
-import os
 import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from spgdd.errors import SpgddError
-from spgdd.files import read_json, write_json, write_text
+from spgdd.files import read_json, write_json
 from spgdd.tensors import read_tensors, write_tensors
 from spgdd.training.worker import MOMENTS, State
 
 FILES = {"value": "delta.safetensors"} | {kind: f"{kind}.safetensors" for kind in MOMENTS}
-
-
-@contextmanager
-def claimed(folder: Path, needed: int) -> Iterator[None]:
-    """The folder for this process alone while it lives, with room for so many bytes.
-
-    Raises SpgddError that names the process which has it, or says what is wrong with the folder.
-    """
-    owner = folder / ".owner"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-        free = shutil.disk_usage(folder).free
-    except Timeout:
-        holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
-        raise SpgddError(f"{folder} is in use by {holder}. Wait for its end, or choose another folder.") from None
-    except OSError as error:
-        raise SpgddError(f"{folder} cannot be written to ({error.strerror}). Choose another folder.") from error
-    with lock:
-        if free < needed:
-            raise SpgddError(f"Checkpoints take {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free.")
-        write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
-        yield
-        owner.unlink(missing_ok=True)
 
 
 def save(folder: Path, state: State, position: dict, metadata: dict[str, str], keep: int) -> Path:

@@ -25,7 +25,7 @@ from torch.profiler import record_function
 
 from spgdd import __version__
 from spgdd.errors import DataError, SpgddError
-from spgdd.files import whole_file
+from spgdd.files import claimed, whole_file
 from spgdd.language.conversation import IGNORE, encode_turns
 from spgdd.model import SPGDD
 from spgdd.prefetch import prefetched
@@ -60,7 +60,7 @@ def train(
         worker = Worker(loss, parameters, settings, half, engine == "deepspeed")
         room = 12 * (settings.keep + 1) * sum(parameter.numel() for parameter in parameters.values())
         for each in dict.fromkeys((folder, log_folder)):
-            worker.on_first(lambda each=each: claims.enter_context(checkpoint.claimed(each, room)))
+            worker.on_first(lambda each=each: claims.enter_context(claimed(each, room)))
         there = checkpoint.every(checkpoints)
         if there and not resume:
             mend = "Go on with --resume (resume=True), or choose another folder."

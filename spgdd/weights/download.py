@@ -14,7 +14,6 @@ from io import BufferedWriter, FileIO
 from math import inf
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: of httpx in 1.x, of httpx2 in 2.x
 from huggingface_hub.file_download import http_get
@@ -22,6 +21,7 @@ from huggingface_hub.utils import build_hf_headers
 from huggingface_hub.utils.tqdm import silent_tqdm
 
 from spgdd.errors import SpgddError, WeightsError
+from spgdd.files import claimed
 from spgdd.profiles import weights_folder
 from spgdd.tensors import is_standin
 from spgdd.weights.catalog import File, readable
@@ -45,12 +45,8 @@ def download(names: str | Sequence[str], root: str | Path | None = None, workers
         raise WeightsError(f"{readable(todo.fetch_bytes)} are to be fetched, {readable(todo.free_bytes)} "
                            "are free on the disk. Make room, or give another root.")
     if todo.files or todo.unchecked:
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(root / ".download.lock", timeout=0):
-                problems = _fetch_all(todo.unchecked + todo.files, root, workers, progress)
-        except Timeout:
-            raise WeightsError(f"Another download is running in {root}. Wait for it or stop it.") from None
+        with claimed(root):
+            problems = _fetch_all(todo.unchecked + todo.files, root, workers, progress)
         if problems:
             raise WeightsError("\n".join(["Not all was downloaded; run it again to continue.", *problems]))
     return status(names, root)
@@ -134,7 +130,7 @@ def _from_source(source: str, file: File, part: Path, waits: Sequence[float], pr
             if getattr(error, "errno", None):  # of the disk; what http_get itself finds wrong has no number
                 raise
             part.unlink(missing_ok=True)
-            reason = f"sent other bytes than it was asked for ({str(error).splitlines()[0]})"
+            reason = f"sent other bytes than it was asked for ({str(error).partition(chr(10))[0]})"
         have = part.stat().st_size if part.exists() else 0
         failures = 0 if have > furthest else failures + 1
         furthest = max(furthest, have)
@@ -155,7 +151,7 @@ def _transfer(source: str, file: File, part: Path, progress: bool, stop: threadi
         raise _Refused(f"announces a file of {size:,} bytes, {published}")
     with _Partial(FileIO(part, "ab")) as out:
         out.limit, out.stop = min(file.most, inf if size is None else size), stop
-        if out.tell() > out.limit or not (file.sha256 or file.md5 or hub):
+        if out.tell() > out.limit or not (file.sha256 or file.md5 or hub and stated.etag):
             out.truncate(out.seek(0))  # without a hash nothing would show that halves of two versions were put together
         http_get(url, out, resume_size=out.tell(), headers=headers, expected_size=file.bytes or size,
                  displayed_filename=file.path, tqdm_class=None if progress else silent_tqdm)

@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from spgdd.errors import SpgddError, WeightsError
-from spgdd.files import read_json, whole_file, write_json
+from spgdd.files import claimed, read_json, whole_file, write_json
 from spgdd.tensors import STANDIN, Spec, digest_of, is_standin, spec_bytes, write_tensors
 from spgdd.weights.catalog import readable
 from spgdd.weights.llama import INDEXES, Shards, recognise
@@ -36,12 +35,8 @@ def merge_vicuna(base: str | Path, delta: str | Path, out: str | Path, shard_byt
     if "tokenizer.model" not in tokenizer:
         raise WeightsError(f"tokenizer.model is neither in {base.folder} nor in {delta.folder}. "
                            "Complete either folder with `spgdd weights download`.")
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".merge.lock", timeout=0):
-            return _merge(base, delta, out, specs, tokenizer, shard_bytes, progress)
-    except Timeout:
-        raise WeightsError(f"Another merge is running in {out}. Wait for it or stop it.") from None
+    with claimed(out):
+        return _merge(base, delta, out, specs, tokenizer, shard_bytes, progress)
 
 
 def _merge(base: Shards, delta: Shards, out: Path, specs: dict[str, Spec], tokenizer: dict[str, Path],
