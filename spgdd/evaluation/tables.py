@@ -5,17 +5,12 @@ import io
 import json
 from pathlib import Path
 
+import yaml
+
 from spgdd.files import write_text
 
-MAP = {  # heading of a column: its metric
-    "image AUROC": "image_auroc", "AP": "image_ap", "F1-max": "image_f1_max", "pixel AUROC": "pixel_auroc",
-    "AP ": "pixel_ap", "PRO": "pro", "overkill": "map_overkill", "miss": "map_miss", "unsure": "map_unsure",
-    "false alarms": "map_above_threshold", "place": "map_place",
-}  # fmt: skip
-TEXT = {
-    "accuracy": "text_accuracy", "balanced": "text_balanced", "overkill": "text_overkill", "miss": "text_miss",
-    "unparsed": "text_unparsed", "cut off": "text_cut", "place": "text_place", "kind": "text_kind",
-}  # fmt: skip
+COLUMNS = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))
+MAP, TEXT = COLUMNS["map"], COLUMNS["text"]  # heading of a column: its metric
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))["figures"]
 
 
