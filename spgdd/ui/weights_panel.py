@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from spgdd.errors import WeightsError
+from spgdd.errors import SpgddError
 from spgdd.weights.catalog import readable
 from spgdd.weights.verify import FileStatus, status, verify
 
@@ -45,7 +45,7 @@ def status_panel(names: str | Iterable[str], root: str | Path | None = None):
                 else:
                     work = verify if button is buttons["Verify"] else download
                     table.value = status_table(work(names, root))
-            except WeightsError as error:
+            except SpgddError as error:
                 print(error)
 
     for button in buttons.values():
