@@ -5,18 +5,19 @@ import re
 from spgdd.data.grammar import KINDS
 
 
-def _words(*patterns: str) -> re.Pattern:
-    return re.compile(rf"\b(?:{'|'.join(patterns)})\b", re.IGNORECASE)
+def any_word(*patterns: str) -> re.Pattern:
+    """Finds whole words, the longest pattern first: "top left" before "top"."""
+    return re.compile(rf"\b(?:{'|'.join(sorted(patterns, key=len, reverse=True))})\b", re.IGNORECASE)
 
 
 NAMES = {re.escape(kind[form]) for kind in KINDS.values() for form in ("one", "many") if form in kind}
 FAULT = r"(?:anomal|defect|damage|flaw|fault|problem)\w*"
-ASKS = _words("is", "are", "was", "were", "does", "do", "did", "has", "have", "can", "could", "any")
-DEFECT = _words(FAULT, "wrong", "broken", "bad", "abnormal", r"reject\w*")
-GOOD = _words("good", "ok", "okay", "normal", "intact", "fine", "flawless", "perfect", "acceptable", "undamaged",
-              f"(?:without|free of) (?:an? |any )?{FAULT}")  # fmt: skip
-KIND = _words(*sorted(NAMES, key=len, reverse=True))
-NOTHING = _words("no", "nothing", "without", "free of", "not (?:defective|damaged|broken|faulty)")
+ASKS = any_word("is", "are", "was", "were", "does", "do", "did", "has", "have", "can", "could", "any")
+DEFECT = any_word(FAULT, "wrong", "broken", "bad", "abnormal", r"reject\w*")
+GOOD = any_word("good", "ok", "okay", "normal", "intact", "fine", "flawless", "perfect", "acceptable", "undamaged",
+                f"(?:without|free of) (?:an? |any )?{FAULT}")  # fmt: skip
+KIND = any_word(*NAMES)
+NOTHING = any_word("no", "nothing", "without", "free of", "not (?:defective|damaged|broken|faulty)")
 
 
 def says_defective(text: str) -> bool | None:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
-from spgdd.agreement import says_defective
+from spgdd.agreement import any_word, says_defective
 from spgdd.data.grammar import KINDS, TYPES, base, is_specific
 from spgdd.places import PLACES
 
@@ -24,12 +24,7 @@ for _name in filter(is_specific, (*TYPES, *KINDS)):
         FORMS.setdefault(_form, base(_name))
 
 
-def _any_of(names: Iterable[str]) -> re.Pattern:
-    """Finds whole words, the longest name first: "top left" before "top"."""
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})\b", re.I)
-
-
-PLACE, KIND = _any_of(PLACES), _any_of(FORMS)
+PLACE, KIND = any_word(*PLACES), any_word(*map(re.escape, FORMS))
 
 
 def named_places(text: str) -> set[str]:
