@@ -2,7 +2,8 @@
 
     python scripts/write_standins.py anomalygpt-7b --root FOLDER    # 19 GB, some minutes
 
-A class can rehearse every step with them, and tests can measure at full size, without licence and download.
+With spgdd-7b comes what a reader trains in notebook 05, too. A class can rehearse every step with them, and tests can
+measure at full size, without licence and download.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ from tqdm.auto import tqdm
 from spgdd.errors import WeightsError
 from spgdd.files import whole_file, write_json
 from spgdd.imagebind import HUGE, MODALITIES, ImageBind
-from spgdd.profiles import weights_folder
+from spgdd.model import SPGDD
+from spgdd.profiles import PROFILES, Delta, Profile, weights_folder
 from spgdd.selfprompt import PatchDecoder, PromptLearner
 from spgdd.tensors import STANDIN, Spec, is_standin, spec_bytes
 from spgdd.weights.catalog import Bundle, get_bundle, get_bundles, readable
@@ -38,6 +41,7 @@ DINOV2 = {"small": (384, 6), "base": (768, 12)}  # width, heads
 PUBLISHED = {"attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
              "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense"}
 SHARD_BYTES = 10**10  # a shard of the published files ends before the tensor that would exceed this
+WORDS = "Human Assistant Is there any anomaly in the image This is a photo of for detection Yes No What kind defect"
 POOL = 2**20 + 7  # random values that are repeated, from another start in each tensor
 
 
@@ -67,7 +71,22 @@ def standin(names: str | Iterable[str], root: str | Path | None = None, progress
             for path in _write_bundle(bundle, root / bundle.folder):
                 written.append(path)
                 bar.update(path.stat().st_size)
-    return written
+    chosen = [PROFILES[name] for name in ([names] if isinstance(names, str) else names) if name in PROFILES]
+    return written + [root / delta.file for profile in chosen for delta in profile.deltas
+                      if delta.notebook == "notebook 05" and _write_trained(profile, delta, root / delta.file)]
+
+
+def _write_trained(profile: Profile, delta: Delta, path: Path) -> bool:
+    """What a reader trains, as it is before training; False where the file is there."""
+    if path.exists():
+        return False
+    with torch.device("meta"):
+        imagebind = ImageBind(HUGE)
+    model = SPGDD(profile, imagebind, SimpleNamespace(hidden=LLAMA[profile.name.rpartition("-")[2]][0]), None)
+    values = {name: value for name, value in model.state_dict().items() if name.startswith(delta.parts)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(values, path, {"standin": STANDIN})
+    return True
 
 
 def bundle_specs(bundle: Bundle) -> dict[str, Spec]:
@@ -204,19 +223,23 @@ def _small_file(name: str, contents: dict) -> dict:
 
 
 def _tokenizer() -> bytes:
-    """A sentencepiece model of 32000 pieces: LLaMA's bytes, its ## in its place, letters, fillers."""
+    """A sentencepiece model of 32000 pieces: LLaMA's bytes, its ## in its place, letters, a few words, fillers.
+
+    The likeliest pieces of a text are taken (unigram): what was said takes as many tokens when it is read again.
+    """
     normal, unknown, control, byte = 1, 2, 3, 6
     pieces = {0: ("<unk>", unknown), 1: ("<s>", control), 2: ("</s>", control)}
     pieces |= {3 + code: (f"<0x{code:02X}>", byte) for code in range(256)}
     pieces |= {2277: ("##", normal), 29871: ("\u2581", normal), 29937: ("#", normal)}
     letters = (chr(code) for code in range(33, 127) if chr(code) != "#")
     pieces |= {29872 + i + (i >= 65): (letter, normal) for i, letter in enumerate(letters)}
+    pieces |= {300 + i: (f"\u2581{word}", normal) for i, word in enumerate(WORDS.split())}
     model = b""
     for index in range(32000):
         text, kind = pieces.get(index, (f"\u2581standin{index}", normal))
         model += _field(1, _field(1, text.encode()) + b"\x15" + struct.pack("<f", -index) + _field(3, kind))
-    bpe, byte_fallback = _field(3, 2), _field(35, 1)
-    model += _field(2, _field(2, STANDIN.encode()) + bpe + _field(4, 32000) + byte_fallback)
+    unigram, byte_fallback = _field(3, 1), _field(35, 1)
+    model += _field(2, _field(2, STANDIN.encode()) + unigram + _field(4, 32000) + byte_fallback)
     return model + _field(3, _field(3, 1) + _field(4, 0))  # dummy space in front, spaces kept
 
 

@@ -2,14 +2,19 @@
 
 import json
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save
 
+import write_standins
 from conftest import FIXTURES
 from spgdd.errors import WeightsError
+from spgdd.imagebind import HUGE, ImageBind, TextTokenizer
+from spgdd.model import SPGDD
+from spgdd.profiles import get_profile
 from spgdd.tensors import STANDIN, TensorFile, is_standin, read_tensors, spec_bytes
 from spgdd.weights.catalog import get_bundle
 from spgdd.weights.delta import apply_delta
@@ -87,15 +92,14 @@ def test_published_deltas_load_strictly_into_the_real_size_model(tmp_path):
     """On the meta device: names and shapes of every tensor at 7B size, without its memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spgdd.imagebind import HUGE, ImageBind, TextTokenizer
     from spgdd.language import LlamaTokenizer, Vicuna
-    from spgdd.model import SPGDD
-    from spgdd.profiles import get_profile
 
     (tmp_path / "tokenizer.model").write_bytes(_tokenizer())
     tokenizer = LlamaTokenizer(tmp_path / "tokenizer.model")
     assert len(tokenizer) == 32000 and tokenizer.piece_id("##") == 2277
     assert tokenizer.decode(tokenizer.encode("Is it damaged?")) == "Is it damaged?"
+    said = tokenizer.decode(list(range(300, 29_000, 350)))
+    assert len(tokenizer.encode(said)) <= len(range(300, 29_000, 350)) + 1  # words do not fill a conversation
     profile = get_profile("anomalygpt-7b")
     with torch.device("meta"):
         llama = LlamaForCausalLM(
@@ -111,6 +115,17 @@ def test_published_deltas_load_strictly_into_the_real_size_model(tmp_path):
         with pytest.raises(WeightsError, match="1 missing in the delta"):
             apply_delta(model, state, delta.parts)
     assert {row.state for row in status(["pandagpt-7b", "anomalygpt-mvtec"], tmp_path)} == {"stand-in"}
+
+
+def test_with_a_profile_comes_what_its_reader_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_standins, "get_bundles", lambda names: [])  # not the 19 GB
+    profile = get_profile("spgdd-7b")
+    (written,) = standin("spgdd-7b", tmp_path, progress=False)
+    assert written == tmp_path / profile.deltas[-1].file and is_standin(written)
+    with torch.device("meta"):
+        model = SPGDD(profile, ImageBind(HUGE), SimpleNamespace(hidden=4096), None)
+    apply_delta(model, read_tensors(written), profile.deltas[-1].parts)
+    assert standin("spgdd-7b", tmp_path, progress=False) == []
 
 
 def test_stand_ins_never_replace_other_files(tmp_path):
