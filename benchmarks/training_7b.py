@@ -43,7 +43,7 @@ from spgdd.model import SPGDD
 from spgdd.profiles import get_profile, weights_folder
 from spgdd.training.data import TrainingData
 from spgdd.training.loop import train
-from spgdd.training.settings import load_settings
+from spgdd.training.settings import TrainingSettings, load_settings
 from spgdd.training.worker import join_processes
 
 EPOCHS = 3
@@ -122,10 +122,14 @@ def learn(
     engine: str = "torch", **fields,
 ) -> float:
     """Samples a second of a training run at this micro-batch; the first third, that of the compiler, does not count."""
-    torch._dynamo.reset()
     fields = {"compile": not options.toy, "checkpointing": False, "log_every": 4} | fields
     settings = load_settings("recommended", max_tgt_len=length, batch=ranks * batch, micro_batch=micro or batch,
                              save_every=10**6, evaluate_every=0, **fields)  # fmt: skip
+    return run(model, data, settings, options, engine)
+
+
+def run(model: SPGDD, data: TrainingData, settings: TrainingSettings, options, engine: str = "torch") -> float:
+    torch._dynamo.reset()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         lines = train(model, data, settings, folder, engine=engine)
     late = lines[len(lines) // 3 :]

@@ -19,7 +19,7 @@ from conftest import ROOT
 from spgdd import cli
 from spgdd.errors import DataError, SpgddError
 from spgdd.tensors import read_tensors
-from spgdd.training import checkpoint, prepare
+from spgdd.training import checkpoint, fit, prepare
 from spgdd.training.log import TrainingError
 from spgdd.training.loop import learning_rate_at, train
 from spgdd.training.objective import spgdd_loss
@@ -82,14 +82,15 @@ def test_recomputation_and_padding_change_nothing(plain, tmp_path):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_recomputation_finds_the_same_gradients(dtype, dropout, compiled, monkeypatch):
-    original = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="aot_eager", fullgraph=True))
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_in_half_precision_recomputation_finds_the_same_gradients(device, dtype, dropout, compiled, monkeypatch):
+    original, backend = torch.nn.Module.compile, {"cpu": "aot_eager", "cuda": "inductor"}[device]
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend=backend, fullgraph=True))
 
     def gradients(checkpointing):
         torch._dynamo.reset()
-        model, data = tiny_model(dtype), TinyData()
-        batch = data.collate([data.example(index, 0) for index in range(4)])
+        model, data = tiny_model(dtype).to(device), TinyData()
+        batch = data.collate([data.example(index, 0) for index in range(4)]).to(device)
         options = settings(lora_dropout=dropout, checkpointing=checkpointing, compile=compiled)
         with prepare.prepared(model, options, encoded=True) as parameters:
             torch.manual_seed(1)
@@ -98,6 +99,37 @@ def test_in_half_precision_recomputation_finds_the_same_gradients(dtype, dropout
 
     plain, recomputed = gradients(False), gradients(True)
     assert (plain - recomputed).norm() < 1e-6 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("most", "given", "expected"),
+    [
+        ((20, 40), {}, (16, False)), ((5, 40), {}, (4, False)), ((3, 20), {}, (16, True)), ((3, 1), {}, (1, True)),
+        ((20, 40), {"checkpointing": True}, (16, True)), ((2, 2), {"checkpointing": False}, (2, False)),
+        ((7, 40), {"micro_batch": 8}, (8, True)), ((0, 0), {}, None),
+    ],
+)  # fmt: skip
+def test_as_many_examples_as_fit_without_recomputation_and_else_with_it(monkeypatch, capsys, most, given, expected):
+    """``most``: what fits without and with recomputation."""
+    monkeypatch.setattr(fit, "SPARE", 0)
+    model, data, options = tiny_model(), TinyData(96), settings(**{"batch": 16, "checkpointing": None} | given)
+
+    def objective(model, batch, max_length):
+        if len(batch.keys) > most[prepare.base(model).model.layers[0].gradient_checkpointing]:
+            raise torch.OutOfMemoryError("tried")
+        return spgdd_loss(model, batch, max_length)
+
+    with prepare.prepared(model, options, encoded=True) as parameters:
+        worker = Worker(None, parameters, options, half=False)
+        if expected is None:
+            with pytest.raises(SpgddError, match="Not even one example fits .*--quantize 4bit"):
+                fit.fitted(model, data, options, worker, objective)
+            return
+        found = fit.fitted(model, data, options, worker, objective)
+        assert (found.micro_batch, found.checkpointing) == expected
+        assert prepare.base(model).model.layers[0].gradient_checkpointing == expected[1]
+        assert not any(parameter.grad is not None for parameter in parameters.values())
+    assert f"takes {expected[0]} examples at once, with" in capsys.readouterr().err
 
 
 def test_rows_of_zeros_in_the_output_layer_change_nothing(monkeypatch):

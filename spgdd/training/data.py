@@ -164,6 +164,11 @@ class TrainingData:
         places = [((i + 0.5) / len(stream), stream[i]) for stream in streams for i in range(len(stream))]
         return [rows for _, rows in sorted(places, key=lambda place: place[0])]
 
+    def longest(self, count: int) -> list[list[int]]:
+        """A batch of the longest examples with masks, and one of those without: nothing takes more memory."""
+        kinds = [[index for index, item in enumerate(self.items) if item.masked is kind] for kind in (True, False)]
+        return [sorted(rows, key=lambda index: self._length(index, 0))[-count:] for rows in kinds if rows]
+
     def batches(self, plan: Iterable[Sequence[int]], epoch: int) -> Iterator[Batch]:
         """The batches of a plan, such as ``order`` or what a rank takes of it; one is made ahead in other threads."""
         with ThreadPoolExecutor() as readers, ThreadPoolExecutor(1) as joiner:

@@ -30,6 +30,7 @@ from spgdd.language.conversation import IGNORE, encode_turns
 from spgdd.model import SPGDD
 from spgdd.prefetch import prefetched
 from spgdd.training import checkpoint
+from spgdd.training.fit import fitted
 from spgdd.training.log import Log
 from spgdd.training.objective import spgdd_loss
 from spgdd.training.prepare import base, prepared
@@ -65,6 +66,8 @@ def train(
         if there and not resume:
             mend = "Go on with --resume (resume=True), or choose another folder."
             raise SpgddError(f"There is a run in {folder}. {mend}")
+        if model.device.type == "cuda" and not (settings.micro_batch and settings.checkpointing is not None):
+            settings = fitted(model, data, settings, worker, objective)
         length = len(data.order(0, settings.seed, settings.batch))
         total = settings.steps or settings.epochs * length
         done = resume_from(there[-1], worker, settings, data) if there else 0
@@ -101,6 +104,10 @@ def train(
                     log.restart_clock()
                 if done % settings.save_every == 0 or done == total:
                     save()
+        except torch.OutOfMemoryError as error:
+            micro = settings.micro_batch or settings.batch // worker.ranks
+            raise SpgddError(f"Step {done + 1} does not fit the device's memory. --resume goes on from the last "
+                             f"checkpoint: add --checkpointing, or a --micro_batch below {micro}.") from error
         finally:
             log.close()
             worker.close()

@@ -36,6 +36,13 @@ def learned(model: SPGDD) -> dict[str, nn.Parameter]:
     return dict(sorted(parameters.items(), key=lambda item: -(item[1].numel() & -item[1].numel())))
 
 
+def recompute_layers(model: SPGDD, on: bool) -> None:
+    """Whether the language model's layers are computed again in the backward pass, and what they made is not kept."""
+    for layer in base(model).model.layers:
+        layer.gradient_checkpointing = on
+        layer._gradient_checkpointing_func = partial(recompute, use_reentrant=False)
+
+
 @contextmanager
 def casting_inputs(language: Vicuna, on: bool) -> Iterator[None]:
     """Whether peft takes the inputs of LoRA's layers to float32, the precision of their weights.
@@ -87,9 +94,7 @@ def prepared(model: SPGDD, settings: TrainingSettings, encoded: bool) -> Iterato
     language.pad_to = settings.pad_to
     # Learned prompts pass through the text tower in each step.
     texts = model.imagebind.modality_trunks["text"].blocks if model.abnormal_prompts is not None else []
-    for layer in llama.model.layers:
-        layer.gradient_checkpointing = settings.checkpointing
-        layer._gradient_checkpointing_func = partial(recompute, use_reentrant=False)
+    recompute_layers(model, bool(settings.checkpointing))
     if settings.compile:
         for layer in (*llama.model.layers, *texts):
             layer.compile()
@@ -109,8 +114,7 @@ def prepared(model: SPGDD, settings: TrainingSettings, encoded: bool) -> Iterato
         model.zero_grad()
         model.imagebind.modality_trunks["vision"].to(device)
         torch.set_float32_matmul_precision(precision)
-        for layer in llama.model.layers:
-            layer.gradient_checkpointing = False
+        recompute_layers(model, False)
         for layer in (*llama.model.layers, *texts):
             layer._compiled_call_impl = None
         language.pad_to = 1

@@ -33,7 +33,7 @@ class TrainingSettings:
     epochs: int = option(1, "rounds over the data")
     steps: int = option(0, "optimiser steps in place of epochs; 0: as many as the epochs take", least=0)
     batch: int = option(16, "examples of one optimiser step, over all GPUs and accumulation")
-    micro_batch: int = option(0, "examples that one GPU takes at once; 0: its share of the batch", least=0,
+    micro_batch: int = option(0, "examples that are taken at once; 0: as many as a GPU has memory for", least=0,
                               changes=True)  # fmt: skip
     max_tgt_len: int = option(1024, "tokens of a conversation, without image and prompt tokens")
     learning_rate: float = option(1e-3, "at the end of the warm-up")
@@ -50,8 +50,8 @@ class TrainingSettings:
                             choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
     quantize: str = option("none", "the frozen language model in 8bit or 4bit (QLoRA; needs bitsandbytes)",
                            choices=("none", "8bit", "4bit"), changes=True)  # fmt: skip
-    checkpointing: bool = option(False, "recompute each layer in the backward pass: less memory, a third slower",
-                                 changes=True)  # fmt: skip
+    checkpointing: bool = option(None, "recompute each layer in the backward pass: less memory, a third slower "
+                                 "(default: where a GPU's memory asks for it)", changes=True)  # fmt: skip
     compile: bool = option(False, "torch.compile each layer: minutes at the start, faster steps", changes=True)
     pad_to: int = option(16, "sequences get a multiple of so many tokens", changes=True)
     log_every: int = option(10, "steps between lines of the log", changes=True)
@@ -186,6 +186,8 @@ def _value(key: str, value, errors: list[str]):
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
     wanted = None
+    if value is None is OPTIONS[key].default:
+        return None
     if type(value) is not kind:
         wanted = kind.__name__
     elif "choices" in limits and value not in limits["choices"]:

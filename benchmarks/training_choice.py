@@ -1,0 +1,56 @@
+"""Does ``--preset recommended`` choose as well as a person? Full size, random weights, one GPU.
+
+    python benchmarks/training_choice.py               # about six minutes
+    python benchmarks/training_choice.py --limit 24    # as on a card of 24 GB
+    python benchmarks/training_choice.py --toy         # on the CPU, which has nothing to choose
+
+Samples a second of the preset as it is, which tries what fits the memory, and with micro-batches and recomputation
+given by hand, all in one process.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from training_7b import CONTEXT, build, load, peak, run
+
+from spgdd.errors import SpgddError
+from spgdd.training.settings import load_settings
+
+BY_HAND = [(32, False), (16, False), (4, False), (32, True)]  # micro-batch, recomputation
+
+
+def main(options) -> None:
+    model, rates = build(options), []
+    data, _ = load(model, options, options.samples, options.length)
+    if options.limit:
+        torch.cuda.empty_cache()
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((options.limit - CONTEXT) * 1e9 / whole)
+    plain = {"log_every": 4} | ({"compile": False} if options.toy else {})
+    for fields in ({}, *({"micro_batch": micro, "checkpointing": again} for micro, again in BY_HAND)):
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        name = ", ".join(f"{name} {value}" for name, value in fields.items()) or "untouched"
+        try:
+            rates.append(run(model, data, load_settings("recommended", **fields, **plain), options))
+            print(f"recommended, {name}: {rates[-1]:.2f} samples/s, {peak():.1f} GB", flush=True)
+        except SpgddError as error:
+            print(f"recommended, {name}: {error}", flush=True)
+            if not fields:
+                raise
+    print(f"untouched / best: {rates[0] / max(rates):.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=200, help="tokens of text of the longest conversation")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--limit", type=float, default=0, metavar="GB", help="let the GPU have so much")
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        main(options)
