@@ -246,17 +246,24 @@ class SPGDD(nn.Module):
         (B, L, N, D). ``entries`` (G, M, D) are what G banks hold of the last tap at the first scale, B / G images in a
         row for each; None: no normal pictures.
         """
-        prompts = [self.prompt_learner(anomaly_map)]
-        if self.focus is not None:
-            prompts.append(self.focus(patches, anomaly_map))
-        if self.memory_tokens is not None and entries is None:
-            prompts.append(self.memory_tokens(patches, anomaly_map))
-        elif self.memory_tokens is not None:
-            entries, gate = entries.to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
-            query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
-            nearest = closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)  # (B, N)
-            prompts.append(self.memory_tokens(patches, anomaly_map, entries, nearest))
-        return torch.cat(prompts, dim=1)
+        parts = self.map_tokens(anomaly_map, patches), self.bank_tokens(anomaly_map, patches, entries)
+        return torch.cat(parts, dim=1)
+
+    def map_tokens(self, anomaly_map: Tensor, patches: Tensor) -> Tensor:
+        """Those of ``prompt_tokens`` that no bank is needed for: of the map, and of what it points at."""
+        prompts = self.prompt_learner(anomaly_map)
+        return prompts if self.focus is None else torch.cat([prompts, self.focus(patches, anomaly_map)], dim=1)
+
+    def bank_tokens(self, anomaly_map: Tensor, patches: Tensor, entries: Tensor | None = None) -> Tensor:
+        """Those of ``prompt_tokens`` that tell of the comparison with a bank, (B, 0, H) where the profile has none."""
+        if self.memory_tokens is None:
+            return anomaly_map.new_empty(len(anomaly_map), 0, self.language.hidden)
+        if entries is None:
+            return self.memory_tokens(patches, anomaly_map)
+        entries, gate = entries.to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
+        query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
+        nearest = closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)  # (B, N)
+        return self.memory_tokens(patches, anomaly_map, entries, nearest)
 
 
 def _split_square(tokens: Tensor, side: int) -> Tensor:

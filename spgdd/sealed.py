@@ -20,15 +20,19 @@ def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     return content[:start] + sha256(content).hexdigest().encode() + content[start + 64 :]
 
 
-def unseal(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, in memory of their own, and metadata of what ``seal`` made. Raises ValueError for any other content."""
+def unseal(content: bytes, trusted: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, in memory of their own, and metadata of what ``seal`` made. Raises ValueError for any other content.
+
+    ``trusted``: the seal was checked before, and is not once more.
+    """
     found = SEAL.search(content[: 8 + int.from_bytes(content[:8], "little")])
     if found is None:
         raise ValueError("it has no seal")
-    digest = sha256(content[: found.start(1)] + ZEROS)
-    digest.update(memoryview(content)[found.end(1) :])
-    if digest.hexdigest().encode() != found.group(1):
-        raise ValueError("its content is not what was written")
+    if not trusted:
+        digest = sha256(content[: found.start(1)] + ZEROS)
+        digest.update(memoryview(content)[found.end(1) :])
+        if digest.hexdigest().encode() != found.group(1):
+            raise ValueError("its content is not what was written")
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return load(content), header["__metadata__"]

@@ -42,7 +42,7 @@ def spgdd_loss(model: SPGDD, batch: Batch, max_length: int = 1024) -> TrainingLo
     decoded = model.image_decoder(patches)
     probabilities = zero_shot_probabilities(decoded, anchors)  # (B, L, 2, 224, 224)
     words, zero_shot = word_evidence(decoded, anchors), over_taps(probabilities, model.tap_weights)
-    maps, prompts, start = [], [], 0
+    maps, compared, start = [], [], 0
     for count, group in itertools.groupby(order, key=counts.__getitem__):
         group = list(group)
         rows, entries = slice(start, start := start + len(group)), None
@@ -52,8 +52,11 @@ def spgdd_loss(model: SPGDD, batch: Batch, max_length: int = 1024) -> TrainingLo
             found = model.few_shot(patches[rows], words[rows], tokens, count).map()
             entries = tokens[:, -1, 0]
         maps.append(found)
-        prompts.append(model.prompt_tokens(found, patches[rows], entries))
-    said = model.language.forward_loss(embedding, conversations, torch.cat(prompts), max_length)
+        compared.append(model.bank_tokens(found, patches[rows], entries))
+    maps = torch.cat(maps)
+    # The prompt learner is run once: its last layer is as large as a small network, and so is each of its gradients.
+    prompts = torch.cat([model.map_tokens(maps, patches), torch.cat(compared)], dim=1)
+    said = model.language.forward_loss(embedding, conversations, prompts, max_length)
 
     parts, few = {}, sum(map(bool, counts))
     if batch.masks is not None:
@@ -64,7 +67,7 @@ def spgdd_loss(model: SPGDD, batch: Batch, max_length: int = 1024) -> TrainingLo
             "dice": sum(dice_loss(tap[:, 1], truth) for tap in taps),
         }
         if model.comparison is not None and few:
-            found, share = torch.cat(maps)[-few:], few / len(counts)
+            found, share = maps[-few:], few / len(counts)
             parts["focal few"] = share * focal_loss(torch.cat([1 - found, found], dim=1), truth[-few:])
             parts["dice few"] = share * dice_loss(found[:, 0], truth[-few:])
         if abnormal is not None:
