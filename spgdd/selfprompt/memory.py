@@ -1,6 +1,7 @@
 """The self-prompted memory (MSSPMM): a query's patch tokens against those of the product's normal images."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from math import isqrt
 
 import torch
@@ -115,10 +116,19 @@ def neighbourhoods(patches: Tensor, scale: int) -> Tensor:
     """Patch tokens (..., N, D) -> float32 means over scale x scale patches; at the edge, of those there are."""
     if scale == 1:
         return patches.float()
-    grid, width = isqrt(patches.shape[-2]), patches.shape[-1]
-    maps = patches.float().mT.reshape(-1, width, grid, grid)  # (n, D, G, G), a view: D stays last in memory
-    means = F.avg_pool2d(maps, scale, stride=1, padding=scale // 2, count_include_pad=False)
-    return means.flatten(2).mT.reshape(patches.shape)
+    grid = isqrt(patches.shape[-2])
+    means = averaging(grid, scale, patches.device)  # the same for rows and columns of the square
+    rows = means @ patches.float().unflatten(-2, (grid, grid)).flatten(-2)  # (..., G, G*D)
+    return (means @ rows.unflatten(-1, (grid, -1))).flatten(-3, -2)  # (..., G, G, D) -> (..., N, D)
+
+
+@cache
+def averaging(grid: int, scale: int, device: torch.device) -> Tensor:
+    """Matrix (G, G) whose row averages the places within ``scale`` around each place of a line of G."""
+    with torch.inference_mode(False):
+        places = torch.arange(grid, device=device)
+        near = (places[:, None] - places).abs() <= scale // 2
+        return F.normalize(near.float(), p=1, dim=1)
 
 
 def closest(query: Tensor, entries: Tensor, gate: Tensor, barred: Tensor | None = None) -> tuple[Tensor, Tensor]:
