@@ -19,7 +19,7 @@ from spgdd.images import image_name, read_image
 from spgdd.model import SPGDD
 from spgdd.profiles import PROFILES
 from spgdd.reference import Reference, build_reference, digest_of, load_reference
-from spgdd.report import card, places, preview, save_report
+from spgdd.report import card, preview, save_report, sentence
 from spgdd.views import Region, Views
 from spgdd.whole import Whole
 
@@ -273,19 +273,6 @@ def judge(score: float, square_map: np.ndarray, limits: Limits, views: Views, co
     verdict = limits.verdict(score) if comparable else "unsure"
     regions = () if verdict == "normal" else views.regions(square_map, limits.outline, limits.low)
     return {"limits": limits, "verdict": verdict, "regions": regions}
-
-
-def sentence(diagnosis: Diagnosis) -> str:
-    """What a map says in words, for a model that has no language part."""
-    d = diagnosis
-    if not d.comparable:
-        return f"As a whole the picture is unlike the normal ones of this {d.product}, so its map says nothing."
-    if d.verdict == "normal":
-        return f"By the map alone: nothing on this {d.product} looks unlike the normal pictures."
-    several = len(d.regions) > 1
-    certainty = "may look" if d.verdict == "unsure" else "look" if several else "looks"
-    count = f"{len(d.regions)} places" if several else "one place"
-    return f"By the map alone: {count} of this {d.product} {certainty} unlike the normal pictures ({places(d)})."
 
 
 def _rounded(value: float) -> float:

@@ -88,6 +88,19 @@ def places(diagnosis) -> str:
     return ", ".join(named + more) or "-"
 
 
+def sentence(diagnosis) -> str:
+    """What a map says in words, for a model that has no language part."""
+    d = diagnosis
+    if not d.comparable:
+        return f"As a whole the picture is unlike the normal ones of this {d.product}, so its map says nothing."
+    if d.verdict == "normal":
+        return f"By the map alone: nothing on this {d.product} looks unlike the normal pictures."
+    several = len(d.regions) > 1
+    certainty = "may look" if d.verdict == "unsure" else "look" if several else "looks"
+    count = f"{len(d.regions)} places" if several else "one place"
+    return f"By the map alone: {count} of this {d.product} {certainty} unlike the normal pictures ({places(d)})."
+
+
 def number(value: float) -> str:
     """A score as people read it: three decimals, or two digits where these would be zeros."""
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1e}"

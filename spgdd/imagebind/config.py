@@ -1,9 +1,19 @@
-"""Sizes of the ImageBind towers: the published "huge" model and the mini one of this course."""
+"""Sizes of the ImageBind towers, the published "huge" model and the mini one of this course, and what they return."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
 
 MODALITIES = ("vision", "text", "audio", "depth", "thermal", "imu")
+
+
+class ImageFeatures(NamedTuple):
+    """What the vision tower says about a batch of images."""
+
+    embedding: Tensor  # (B, J), unit length
+    patches: Tensor  # (B, L, N, D), outputs of the tapped blocks without CLS, row by row of the image
 
 
 @dataclass(frozen=True)

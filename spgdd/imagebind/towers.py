@@ -7,26 +7,18 @@ The stochastic depth and dropout of the published training are left out: they do
 import math
 from collections import OrderedDict
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spgdd.imagebind.config import ImageBindConfig, TowerConfig
+from spgdd.imagebind.config import ImageBindConfig, ImageFeatures, TowerConfig
 from spgdd.imagebind.preprocess import MEAN, STD
 
 LOGIT_SCALES = {"text": 1 / 0.07, "audio": 20.0, "depth": 5.0, "thermal": 10.0, "imu": 5.0}  # text: initial
 PATCH_GRIDS = {"audio": (12, 19), "depth": (14, 14), "thermal": (14, 14)}  # rows and columns of 16 px patches
 IMU_CHANNELS, IMU_SAMPLES, IMU_WINDOW = 6, 2000, 8
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # stems alone keep torch's 1e-5
-
-
-class ImageFeatures(NamedTuple):
-    """What the vision tower says about a batch of images."""
-
-    embedding: Tensor  # (B, J), unit length
-    patches: Tensor  # (B, L, N, D), outputs of the tapped blocks without CLS, row by row of the image
 
 
 class Attention(nn.Module):
