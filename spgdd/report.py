@@ -159,8 +159,11 @@ def _jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def overlay(diagnosis, opacity: float = 0.6) -> Image.Image:
-    """The preview under the heat map, its colours tied to the threshold, with the regions; ``opacity`` 0 to 1."""
+def overlay(diagnosis, opacity: float = 0.6, box=None) -> Image.Image:
+    """The preview under the heat map, its colours tied to the threshold, with the regions; ``opacity`` 0 to 1.
+
+    ``box`` (x0, y0, x1, y1) in pixels of the picture: a rectangle to draw in white.
+    """
     d = diagnosis
     picture = Image.open(BytesIO(d.preview)).convert("RGB")
     heat = Views(*picture.size, d.views.fit, size=d.views.size).to_picture(d.square_map)  # (H, W)
@@ -180,6 +183,8 @@ def overlay(diagnosis, opacity: float = 0.6) -> Image.Image:
     pixels[inside & ~ndimage.binary_erosion(inside, iterations=2, border_value=1)] = 255
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+    for colour, width in (("black", 5), ("white", 2)) if box else ():
+        draw.rectangle((np.array(box) * scale).tolist(), outline=colour, width=width)
     for number_, (x0, y0, x1, y1) in enumerate(boxes, start=1):
         draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=COLOURS["defective"], width=2)
         width = 9 + 9 * len(str(number_))

@@ -14,6 +14,7 @@ import typer
 from spgdd import __version__
 from spgdd.cli import memory, tadd, weights
 from spgdd.cli.common import MODEL, add, complain
+from spgdd.cli.demo import demo
 from spgdd.cli.diagnose import diagnose
 from spgdd.cli.evaluate import evaluate
 from spgdd.cli.train import SETTINGS, train
@@ -59,6 +60,7 @@ def spgdd(
 
 add(app, "diagnose", diagnose, MODEL,
     epilog='example: spgdd diagnose parts/ --normal good/ --product "metal nut" --report result.html')  # fmt: skip
+add(app, "demo", demo, MODEL)
 actions = group("memory", "Keep what normal pictures look like in a file.")
 add(actions, "build", memory.build, MODEL)
 add(actions, "inspect", memory.inspect)

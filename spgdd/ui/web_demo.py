@@ -1,0 +1,232 @@
+"""The page of the web demo, and the same for programs; `spgdd demo` serves it (spgdd/cli/demo.py).
+
+Bounded are uploads, pictures, the queue and answers; each visitor has a session, and nothing comes from elsewhere.
+"""
+
+import logging
+import tempfile
+import warnings
+from contextlib import suppress
+from functools import partial, wraps
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from spgdd.diagnosis import Diagnoser
+from spgdd.errors import ImageError, SpgddError
+from spgdd.images import list_images
+from spgdd.report import summary
+from spgdd.ui.session import RATES, Session, explain
+
+log = logging.getLogger(__name__)
+PIXELS, PICTURES, WAITING = 50_000_000, 64, 16  # at most: of a picture, pictures at once, requests that wait
+# Two requests at a time: while a long answer is given to one visitor, the picture of another is looked at.
+WORK = {"concurrency_id": "model", "concurrency_limit": 2, "trigger_mode": "multiple"}
+PAGE = {"api_visibility": "private", "show_progress": "hidden"}  # of what only the page itself calls
+QUICK = {"queue": False, "trigger_mode": "always_last", **PAGE}
+SEVERAL = {"file_count": "multiple", "file_types": ["image"], "height": 140}
+
+
+def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: float = 60) -> gr.Blocks:
+    """The page. ``examples``: a folder of folders named as their product: pictures in doubt, and a folder ``good``.
+
+    An answer is cut off after so many seconds.
+    """
+    folders = sorted(Path(examples).iterdir()) if examples else []
+    samples = [(str(picture), folder) for folder in folders for picture in list_images(folder)]
+    with gr.Blocks(title="Diagnose a part", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        state, data = gr.State(None, time_to_live=3600), gr.JSON(visible=False)
+        gr.Markdown(f"# Diagnose a part\nModel: {diagnoser.model.profile.name}. Its verdict is advice.")
+        with gr.Row():
+            with gr.Column(min_width=300):
+                doubt = gr.File(label="Pictures in doubt", **SEVERAL)
+                good = gr.File(label="Good parts, four or more", **SEVERAL)
+                with gr.Accordion("Or a saved memory of good parts", open=False):
+                    memory = gr.File(label="Memory", file_types=[".safetensors"])
+                product = gr.Textbox("object", label="Product", max_length=100)
+                with gr.Row():
+                    start, stop = gr.Button("Diagnose", variant="primary"), gr.Button("Stop", min_width=90)
+                status = gr.HTML()
+                offered = gr.Gallery([(picture, folder.name) for picture, folder in samples], label="Examples",
+                                     columns=3, allow_preview=False, interactive=False, buttons=[])  # fmt: skip
+            with gr.Column(scale=2, min_width=300):
+                names = gr.Radio([], label="Pictures: step with the arrow keys", visible=False)
+                image = gr.Image(label="Picture and map", interactive=False, format="jpeg", visible=False)
+                opacity = gr.Slider(0, 1, 0.6, label="Map opacity")
+                with gr.Accordion("Ask about a rectangle only", open=False):
+                    gr.Markdown("Click two corners in the picture, or type them, in its pixels.")
+                    with gr.Row():
+                        edges = "Left", "Top", "Right", "Bottom"
+                        box = [gr.Number(0, label=edge, precision=0, minimum=0, min_width=60) for edge in edges]
+                rate = gr.Slider(*RATES, 0.05, step=0.01, label="False alarms: good parts above the threshold")
+                facts = gr.HTML()
+            with gr.Column(min_width=300):
+                chat = gr.Chatbot(label="Conversation", render_markdown=False, feedback_options=None, buttons=[])
+                question = gr.Textbox(label="Question", placeholder="Is there any anomaly?", max_length=1000)
+                with gr.Row():
+                    ask, undo, clear = (gr.Button(name, min_width=60) for name in ("Ask", "Undo", "Clear"))
+                with gr.Accordion("How it answers", open=False):
+                    length = gr.Slider(8, 512, 128, step=1, label="Longest answer, in tokens")
+                    temperature = gr.Slider(0, 1.5, 0, label="Temperature (0 takes the likeliest word)")
+                    top_p = gr.Slider(0.1, 1, 1, label="Top-p")
+                save = gr.Button("Save")
+                files = gr.File(label="Saved", file_count="multiple", interactive=False, visible=False)
+
+        # What the page calls. A visitor has no session, None, until there is work.
+
+        def view(session, opacity, *box, **listed):
+            if not (session and session.shown):
+                return {facts: ""}
+            rows = [(line, row) for row, line in enumerate(session.verdicts())]
+            drawn = gr.Image(session.picture(opacity, rectangle(box)), alt_text=session.caption(), visible=True)
+            return {image: drawn, facts: summary(session.shown), names: gr.Radio(rows, visible=len(rows) > 1, **listed)}
+
+        def talk(session, asked=""):
+            turns = session.shown.turns if session and session.shown else ()
+            said = [each for turn in turns for each in zip(("user", "assistant"), turn, strict=True)]
+            return {chat: [{"role": role, "content": text} for role, text in [*said, ("user", asked)] if text]}
+
+        def look(session, row, doubt, good, memory, product, rate, opacity, *how):
+            """Remember and open what is new, show a picture, ask the first question, score the pictures without one."""
+            doubt, good = checked(doubt), checked(good) or [memory] * bool(memory)
+            if not doubt:
+                raise SpgddError("There is no picture in doubt yet: choose one, or click an example.")
+            if session.source != (good, product):
+                for said in session.remember(good, product):
+                    yield {status: saying(said)}
+                session.source = good, product
+            if doubt != list(session.scores):
+                session.open(doubt)
+                row = 0
+            session.rate = rate
+            session.show(doubt[row or 0])
+            yield {state: session, **dict.fromkeys(box, 0), **talk(session), **view(session, opacity, value=row or 0)}
+            yield from answer(session, "", *how)
+            for said in session.survey():
+                yield {status: saying(said or session.known), **view(session, opacity)}
+
+        def answer(session, asked, length, temperature, top_p, *box):
+            yield {question: "", **talk(session, asked)}
+            options = {"max_new_tokens": length, "temperature": temperature, "top_p": top_p}
+            for said in session.ask(asked, rectangle(box), seconds, **options):
+                yield {status: saying(said or session.known), **talk(session)}
+            yield {facts: summary(session.shown)}
+
+        def keep(session, opacity):
+            saved = session.save(tempfile.mkdtemp(dir=session.folder.name), opacity)
+            yield {files: gr.File(list(map(str, saved)), visible=True)}
+
+        def work(steps):
+            """A handler of long work, which ends when newer work of the same visitor begins."""
+
+            def begun(session, *inputs):
+                session = session or Session(diagnoser)
+                yield from session.run(steps(session, *inputs))
+
+            return plainly(begun)
+
+        def move(session, rate, opacity, *box):
+            if session:
+                session.rate = rate
+            return view(session, opacity, *box)
+
+        def corner(event: gr.SelectData, session, left, top, right, bottom):
+            """A click in the picture: the first corner of a rectangle, or the one across."""
+            scale = session.shown.views.width / session.picture().width
+            x, y = (int(place * scale) for place in event.index)
+            if (right - left, bottom - top) == (1, 1):
+                return min(left, x), min(top, y), max(right, x), max(bottom, y)
+            return x, y, x + 1, y + 1
+
+        def choose(event: gr.SelectData):
+            picture, folder = samples[event.index]
+            return [picture], list(map(str, list_images(folder / "good"))), None, folder.name
+
+        def forget(change, session):
+            return (change(session) or talk(session)) if session else {chat: []}
+
+        how, found = [length, temperature, top_p], [state, status, question, chat, names, image, facts, *box]
+        given, talked = [state, names, doubt, good, memory, product, rate, opacity, *how], [state, question, *how, *box]
+        chosen = offered.select(choose, None, [doubt, good, memory, product], **QUICK)
+        works = [gr.on([start.click, names.input], work(look), given, found, **WORK, **PAGE),
+                 chosen.then(work(look), given, found, **WORK, **PAGE),
+                 gr.on([ask.click, question.submit], work(answer), talked, found, **WORK, **PAGE),
+                 save.click(work(keep), [state, opacity], files, **WORK, **PAGE)]  # fmt: skip
+        gr.on([each.change for each in (rate, opacity, *box)], move, [state, rate, opacity, *box], found, **QUICK)
+        image.select(corner, [state, *box], box, **QUICK)
+        stop.click(partial(forget, Session.stop), state, chat, cancels=works, **QUICK)
+        undo.click(partial(forget, Session.undo), state, chat, **QUICK)
+        gr.on([clear.click, chat.clear], partial(forget, Session.clear), state, chat, **QUICK)
+
+        # What programs call; each call stands for itself.
+
+        def remember(good, product):
+            """Encode pictures of good parts once: a memory file, which `/diagnose` takes."""
+            session = Session(diagnoser)
+            if not checked(good):
+                raise SpgddError("There is no good picture to remember: give at least one, better four.")
+            list(session.remember(good, product))
+            yield str(session.reference.save(f"{session.folder.name}/memory.safetensors"))
+
+        def diagnose(pictures, good, memory, product, question, false_alarm_rate, max_new_tokens, temperature, top_p):
+            """Diagnose pictures by good ones or a memory, and ask each line of the question about each of them.
+
+            JSON of each picture, and each picture with its map.
+            """
+            session, results, drawn = Session(diagnoser, false_alarm_rate), [], []
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+            list(session.remember(checked(good) or [memory] * bool(memory), product))
+            for picture in checked(pictures):
+                session.show(picture)
+                for line in question.splitlines() or [""]:
+                    list(session.ask(line, None, seconds, **options))
+                results.append(session.shown.to_dict())
+                drawn.append(f"{session.folder.name}/{len(drawn)}.png")
+                session.picture().save(drawn[-1])
+            yield results, drawn
+
+        asked = [doubt, good, memory, product, question, rate, *how]
+        gr.Button(visible=False).click(plainly(remember), [good, product], files, **WORK)
+        gr.Button(visible=False).click(plainly(diagnose), asked, [data, files], **WORK)
+    return page.queue(max_size=WAITING)
+
+
+def plainly(steps):
+    """A handler whose errors reach the visitor in plain words, and the log in full."""
+
+    @wraps(steps)
+    def guarded(*inputs):
+        try:
+            yield from steps(*inputs)
+        except Exception as error:
+            log.warning("a visitor was told of an error", exc_info=error)
+            raise gr.Error(escape(explain(error)), print_exception=False) from None
+
+    return guarded
+
+
+def checked(pictures: list[str] | None) -> list[str]:
+    """Uploaded pictures. ImageError for too many, or one of too many pixels, which is seen without decoding it."""
+    pictures = [str(picture) for picture in pictures or []]
+    if len(pictures) > PICTURES:
+        raise ImageError(f"{len(pictures)} pictures at once, more than the {PICTURES} that are taken here.")
+    for picture in pictures:
+        width = height = 0
+        with warnings.catch_warnings(action="ignore"), suppress(Exception):  # what is wrong is said when it is read
+            width, height = Image.open(picture).size
+        if width * height > PIXELS:
+            raise ImageError(f"{Path(picture).name}: {width} x {height} are {width * height / 1e6:.0f} million pixels, "
+                             f"more than the {PIXELS / 1e6:.0f} that are taken here. Shrink it.")  # fmt: skip
+    return pictures
+
+
+def rectangle(edges) -> tuple[int, int, int, int] | None:
+    """The rectangle of four numbers, None where they enclose nothing."""
+    left, top, right, bottom = (int(edge or 0) for edge in edges or [0] * 4)
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def saying(sentence: str) -> str:
+    return f'<div role="status">{escape(sentence)}</div>'
