@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy import special, stats
 from torch import Tensor
 
-from spgdd.errors import SpgddError
+from spgdd.ranges import check_ranges
 
 METHODS = ("leave-one-out", "augmentations", "none")
 ENOUGH = 2  # pictures expected above a threshold before it is an order statistic
@@ -89,8 +89,7 @@ class Calibration:
 
         Raises SpgddError unless 0 < false_alarm_rate < 0.5.
         """
-        if not 0 < false_alarm_rate < 0.5:
-            raise SpgddError(f"false_alarm_rate must lie between 0 and 0.5, received {false_alarm_rate}.")
+        check_ranges(false_alarm_rate=false_alarm_rate)
         if self.method == "none":
             return ZERO_SHOT
         known = self.pictures, false_alarm_rate, self.largest, self.measured

@@ -18,6 +18,7 @@ from spgdd.errors import SpgddError
 from spgdd.images import image_name, read_image
 from spgdd.model import SPGDD
 from spgdd.profiles import PROFILES
+from spgdd.ranges import check_ranges
 from spgdd.reference import Reference, build_reference, digest_of, load_reference
 from spgdd.report import card, preview, save_report, sentence
 from spgdd.views import Region, Views
@@ -169,6 +170,7 @@ class Diagnoser:
         None: as the profile has it.
         Raises ImageError for one that cannot be read and where there is none.
         """
+        check_ranges(tiles=tiles, budget=budget, product=product)
         return build_reference(self.model, normals, product, budget, rotate, tiles)
 
     def load_reference(self, path: str | Path) -> Reference:
@@ -191,6 +193,7 @@ class Diagnoser:
         answer: False leaves the text to a later ``Diagnosis.ask``, which takes most of the time.
         Raises ImageError for a picture that cannot be read; SpgddError where neither normals nor words are there.
         """
+        check_ranges(tiles=tiles, max_new_tokens=max_new_tokens, product=product, question=question)
         model, watch = self.model, _Stopwatch()
         if normals is None:
             model.require_words()

@@ -2,7 +2,10 @@
 
 
 class SpgddError(Exception):
-    """Base class; its message is complete and needs no traceback to be understood."""
+    """Base class; its message is complete and needs no traceback to be understood. Each argument is a line of it."""
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class ImageError(SpgddError):
@@ -15,3 +18,8 @@ class WeightsError(SpgddError):
 
 class DataError(SpgddError):
     """A folder, table or text file of a data set that cannot be used."""
+
+
+def printable(text: str) -> str:
+    """The text as one line: what would steer a terminal, or is no Unicode, as file names may hold it, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import socket
+import sys
+import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from spgdd.errors import SpgddError
 
@@ -27,7 +29,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 yield file
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.part")  # others may write it too
+        partial = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex[:12]}.part")  # others may write it too
         try:
             with open(partial, "wb") as file:
                 yield file
@@ -89,3 +91,62 @@ def claimed(folder: str | os.PathLike, needed: int = 0) -> Iterator[None]:
         write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
         yield
         owner.unlink(missing_ok=True)
+
+
+@contextmanager
+def json_rows(path: str | os.PathLike, head: dict, name: str, tail: dict) -> Iterator[Callable[[Any], None]]:
+    """A function that writes one more value of the list ``name`` in a JSON object, between ``head`` and ``tail``.
+
+    However the work ends, the file is valid and has all that was added. The path "-" is standard output, in ASCII.
+    """
+    ended, ascii = None, path == "-"
+    with nullcontext(sys.stdout.buffer) if path == "-" else whole_file(path) as file:
+
+        def write(text: str) -> None:
+            file.write(text.encode("utf-8", errors="backslashreplace"))
+
+        def add(value) -> None:
+            nonlocal between
+            text = json.dumps(value, indent=2, ensure_ascii=ascii).replace("\n", "\n    ")
+            write(f"{between}\n    {text}")
+            between = ","
+
+        between = ""
+        write(json.dumps(head, indent=2, ensure_ascii=ascii).removesuffix("\n}") + f',\n  "{name}": [')
+        try:
+            yield add
+        except BaseException as error:  # such as Ctrl-C
+            ended = error
+        write("\n  ]" if between else "]")
+        write("," + json.dumps(tail, indent=2, ensure_ascii=ascii).removeprefix("{") + "\n")
+        file.flush()
+    if ended:
+        raise ended
+
+
+def check_outputs(outputs: Iterable[tuple], inputs: Iterable = ()) -> None:
+    """Raises SpgddError where a file cannot be written, or should not, before there is anything to write.
+
+    ``outputs``: paths, or None for none, each with the endings that its name may have (of a device or pipe any will
+    do). None may be another of them or one of the ``inputs``.
+    """
+    known = [path for path in inputs if path]
+    for path, endings in outputs:
+        if not path:
+            continue
+        target = Path(os.path.realpath(path))
+        try:
+            if target.is_dir() or target.is_block_device():
+                raise SpgddError(f"{path}: a {'folder' if target.is_dir() else 'disk'}; name the file to write.")
+            if target.exists() and not target.is_file():
+                continue
+            if Path(path).suffix.lower() not in endings:
+                raise SpgddError(f"{path}: the name must end with {' or '.join(endings)}.")
+            for other in known:
+                same = target.exists() and os.path.exists(other) and os.path.samefile(target, other)
+                if same or os.path.realpath(other) == str(target):
+                    raise SpgddError(f"{path}: would overwrite {other}; give another name.")
+            with tempfile.TemporaryFile(dir=next(folder for folder in target.parents if folder.exists())):
+                known.append(path)
+        except OSError as error:
+            raise SpgddError(f"{path}: cannot be written ({error.strerror or error}).") from error

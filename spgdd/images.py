@@ -138,9 +138,11 @@ def _natural(path: Path) -> list:
 
 
 def _check_file(path: Path, name: str) -> None:
-    if path.exists() and not path.is_file():
-        raise ImageError(f"{name}: a folder, not a picture; list_images({name!r}) gives those in it.")
     try:
+        if path.is_dir():
+            raise ImageError(f"{name}: a folder, not a picture; list_images({name!r}) gives those in it.")
+        if path.exists() and not path.is_file():  # reading could block for ever
+            raise ImageError(f"{name}: a device or a pipe, not a file.")
         with path.open("rb") as file:
             start = file.read(12)
     except OSError as error:

@@ -9,14 +9,24 @@ import torch
 
 import spgdd.imagebind
 from spgdd.backbones import load_backbone
-from spgdd.errors import WeightsError
+from spgdd.errors import SpgddError, WeightsError
 from spgdd.imagebind import TextTokenizer, load_imagebind
 from spgdd.model import SPGDD
 from spgdd.profiles import PROFILES, SPEAKING, Delta, Profile, get_profile, weights_folder
+from spgdd.ranges import check_ranges
 from spgdd.tensors import is_standin, read_tensors
 from spgdd.weights.delta import apply_delta
 
 RENAMED = {"comparison.doubling": "comparison.per_doubling"}  # as the shipped delta names it
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """A device by name; by default a GPU where there is one. Raises SpgddError for one that this machine lacks."""
+    check_ranges(device=device)
+    device, count = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise SpgddError(f"there is no {device} here: torch {torch.__version__} sees {count} GPU(s).")
+    return device
 
 
 def choose_dtype(device: str | torch.device) -> tuple[torch.dtype, str]:
@@ -48,12 +58,11 @@ def load_model(
     none of the language model's files is needed or read: there are maps and verdicts, no words. Raises WeightsError
     that lists every missing file, or names one that is damaged or belongs to another model.
     """
-    profile = get_profile(profile) if isinstance(profile, str) else profile
+    profile, device = get_profile(profile) if isinstance(profile, str) else profile, choose_device(device)
     if not language:
         profile = profile.without_language()
     root = weights_folder(root)
     _require_files(profile, root)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if profile.precision == "float32" else choose_dtype(device)[0]
 
@@ -105,9 +114,9 @@ def _require_files(profile: Profile, root: Path) -> None:
     if missing:
         spoken = profile.language or not getattr(PROFILES.get(profile.name), "language", None)
         command = f"spgdd weights download {profile.name}{'' if spoken else ' --no-language'}"
-        listing = "\n".join(f"  {file} ({source})" for file, source in missing.items())
         raise WeightsError(
-            f"profile {profile.name} lacks {len(missing)} file(s) in {root.resolve()}:\n{listing}\n"
+            f"profile {profile.name} lacks {len(missing)} file(s) in {root.resolve()}:",
+            *(f"  {file} ({source})" for file, source in missing.items()),
             f"`{command}` fetches what is published; notebooks make the rest. "
             "If the files are elsewhere, set SPGDD_WEIGHTS to that folder."
         )

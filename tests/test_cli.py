@@ -90,6 +90,7 @@ def test_bad_files_cost_a_line_each_and_the_rest_goes_on(folder, capsys):
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
     lines = [line for line in err.splitlines() if line.startswith("spgdd: ")]
+    assert lines.pop() == "spgdd: 5 file(s) could not be used."
     assert len(lines) == 5 and all(any(name in line for line in lines) for name in bad)
     assert "Traceback" not in err
     table = json.loads((folder / "r.json").read_text())
@@ -153,17 +154,19 @@ def test_wrong_usage_ends_with_2(arguments, capsys):
     assert line.startswith("spgdd: ") and "--help` shows the usage" in line
 
 
-def test_options_of_several_values_take_them_at_once_or_one_by_one(folder, monkeypatch):
-    def several(shots: list[int] = Option((0, 1)), subsets: list[str] = Option(()), names: list[str] = Argument(None)):
-        taken.append((list(shots), list(subsets), list(names or [])))
+def test_options_of_several_values_take_them_at_once_or_one_by_one():
+    def several(
+        numbers: list[int] = Option((0, 1)), subsets: list[str] = Option(()), names: list[str] = Argument(None)
+    ) -> None:
+        taken.append((list(numbers), list(subsets), list(names or [])))
 
     taken, app = [], Typer()
     add(app, "several", several)
-    for line in ("a", "--shots 4 -1 --subsets x - y", "--shots 4 --subsets x --shots -1 --subsets - y",
-                 "--subsets=x -- --shots 4", "a b --shots 4 8 -- c"):  # fmt: skip
+    for line in ("a", "--numbers 4 -1 --subsets x - y", "--numbers 4 --subsets x --numbers -1 --subsets - y",
+                 "--subsets=x -- --numbers 4", "a b --numbers 4 8 -- c"):  # fmt: skip
         app(line.split(), standalone_mode=False)
     assert taken == [([0, 1], [], ["a"]), ([4, -1], ["x", "-", "y"], []), ([4, -1], ["x", "-", "y"], []),
-                     ([0, 1], ["x"], ["--shots", "4"]), ([4, 8], [], ["a", "b", "c"])]  # fmt: skip
+                     ([0, 1], ["x"], ["--numbers", "4"]), ([4, 8], [], ["a", "b", "c"])]  # fmt: skip
 
 
 def test_launchers_may_add_the_local_rank(capsys):

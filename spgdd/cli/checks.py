@@ -19,6 +19,7 @@ from spgdd.language.conversation import ASSISTANT
 from spgdd.loading import load_deltas, load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import Profile, get_profile, weights_folder
+from spgdd.report import number
 from spgdd.views import Views
 
 PLATE = "metal plate"
@@ -116,7 +117,7 @@ def diagnosis_answers(model: SPGDD) -> tuple[bool, str, str, str]:
     reference = diagnoser.reference([draw_plate(level, hole=False) for level in (178, 184)], PLATE)
     bad = diagnoser.diagnose(draw_plate(180, hole=True), reference, max_new_tokens=40)
     good = diagnoser.diagnose(draw_plate(181, hole=False), reference, max_new_tokens=1)
-    verdict = f"The plate with a hole scores {bad.score:.3f}, the one without {good.score:.3f}."
+    verdict = f"The plate with a hole scores {number(bad.score)}, the one without {number(good.score)}."
     return bad.score > good.score and bool(bad.text), verdict, bad.question, bad.text
 
 

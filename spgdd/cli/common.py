@@ -11,23 +11,17 @@ from typing import Literal
 from typer import BadParameter, Option, Typer
 from typer.core import TyperCommand
 
-from spgdd.errors import SpgddError
-from spgdd.profiles import PROFILES
-
-
-def below_half(share: float) -> float:
-    if not 0 < share < 0.5:
-        raise BadParameter(f"{share} is not between 0 and 0.5")
-    return share
-
+from spgdd.errors import ImageError, SpgddError, printable
+from spgdd.profiles import PROFILES, get_profile
+from spgdd.ranges import check_ranges
 
 PROFILE = Option("mini", help=", ".join(PROFILES))
 ROOT = Option(None, help="folder of the weights (default: $SPGDD_WEIGHTS or pretrained_ckpt)")
 DEVICE = Option(None, help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
 QUANTIZE = Option(None, help="shrink the language model on a GPU (needs bitsandbytes)")
 LANGUAGE = Option(True, help="with the language model; without, maps and verdicts alone, in a fraction of the space")
-TILES = Option(None, help="see pictures also in N x N parts: small defects in large pictures")
-RATE = Option(0.05, callback=below_half, help="share of good parts that may exceed the threshold")
+TILES = Option(None, help="see pictures also in N x N parts, N up to 16: small defects in large pictures")
+RATE = Option(0.05, help="share of good parts that may exceed the threshold")
 
 
 def option(name: str, kind, default) -> Parameter:
@@ -42,42 +36,46 @@ MODEL = [  # as spgdd.load takes them
 DEBUG = option("debug", bool, Option(False, "--debug", help="show where an error comes from"))
 
 
-def complain(message: object) -> None:
-    print(f"spgdd: {message}", file=sys.stderr)
-
-
-def accepted(question: str) -> bool:
-    """Ask on the terminal; whoever cannot answer does not accept."""
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
-
-
 def add(group: Typer, name: str, run: Callable, more: Sequence[Parameter] = (), **about) -> None:
     """Make a function a command: its parameters and ``more`` become arguments and options, its docstring the help, what
-    it returns the exit status (nothing: 0). With --debug, an error shows where it comes from.
+    it returns the exit status (nothing: 0). Values out of their range and errors end in one line and a status.
     """
 
     def guarded(debug, **options) -> int:
         try:
-            return run(**options) or 0
+            check_ranges(**options)
         except SpgddError as error:
-            if debug:
+            raise BadParameter(str(error)) from None
+        try:
+            get_profile(options.get("profile", "mini"))
+            return run(**options) or 0
+        except (Exception, KeyboardInterrupt) as error:
+            if debug and isinstance(error, Exception):
                 raise
-            complain(error)
-            return 1
-        except KeyboardInterrupt:
-            complain("interrupted")
-            return 130
-        except BrokenPipeError:  # whoever reads stdout, `head` for example, has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+            return ended_by(error)
 
     own = [each for each in inspect.signature(run).parameters.values() if each.kind is not each.VAR_KEYWORD]
     guarded.__signature__ = inspect.Signature([*own, *more, DEBUG])
     guarded.__doc__ = run.__doc__
     group.command(name, cls=Command, **about)(guarded)
+
+
+def ended_by(error: BaseException) -> int:
+    """Say in one line why a command ended; returns its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        complain("interrupted")
+        return 130
+    if isinstance(error, BrokenPipeError):  # whoever reads stdout, `head` for example, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, (SpgddError, OSError)):
+        complain(error)
+        return 1
+    text = " ".join(str(error).split())
+    if "weights_only" in text:  # torch advises to switch the protection off
+        text = "a checkpoint holds more than tensors"
+    complain(f"unexpected {type(error).__name__}: {text[:300]}. With --debug it shows where it comes from.")
+    return 70
 
 
 class Command(TyperCommand):
@@ -93,3 +91,44 @@ class Command(TyperCommand):
                 spread.append(current)
             spread.append(word)
         return super().parse_args(ctx, spread)
+
+
+def complain(message: object) -> None:
+    print("spgdd:", message if isinstance(message, SpgddError) else printable(str(message)), file=sys.stderr)
+
+
+def say(*lines: str) -> None:
+    for line in lines:
+        print(printable(line), flush=True)
+
+
+def accepted(question: str) -> bool:
+    """Ask on the terminal; whoever cannot answer does not accept."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def pictures(paths: Sequence[str], errors: list[dict], check: bool = False) -> list[Path]:
+    """The pictures that the paths name; what is not there (with ``check``: not readable) becomes an error."""
+    from spgdd.images import list_images, read_image
+
+    found = []
+    for path in paths:
+        try:
+            for file in list_images(path):
+                try:
+                    if check:
+                        read_image(file)
+                    found.append(file)
+                except ImageError as error:
+                    note(errors, file, error)
+        except ImageError as error:
+            note(errors, path, error)
+    return found
+
+
+def note(errors: list[dict], image: str | Path, error: SpgddError) -> None:
+    errors.append({"image": str(image), "error": str(error)})
+    complain(error)

@@ -1,14 +1,13 @@
 """`spgdd diagnose`: pictures in, a line for each out."""
 
-import json
-from pathlib import Path
+from contextlib import nullcontext
 
 from typer import Argument, Option
 
 from spgdd import __version__
-from spgdd.cli.common import RATE, TILES, complain
-from spgdd.errors import ImageError, SpgddError
-from spgdd.files import write_json
+from spgdd.cli.common import RATE, TILES, complain, note, pictures
+from spgdd.errors import ImageError, SpgddError, printable
+from spgdd.files import check_outputs, json_rows
 
 
 def diagnose(
@@ -20,7 +19,7 @@ def diagnose(
     question: str = Option(None, help="default: is there any anomaly in the image?"),
     false_alarm_rate: float = RATE,
     max_new_tokens: int = Option(128, help="longest answer"),
-    json_file: str = Option(None, "--json", help="write the results as JSON; - prints it and nothing else"),
+    json_file: str = Option(None, "--json", help="write the results, result.json; - prints them and nothing else"),
     report: str = Option(None, help="write a page, result.html, with pictures and heat maps"),
     timings: bool = Option(False, "--timings", help="put the seconds per stage into the JSON"),
     **model,
@@ -34,45 +33,45 @@ def diagnose(
     from spgdd.diagnosis import load
     from spgdd.report import Report
 
-    for target in (json_file, report):
-        if target and Path(target).is_dir():
-            raise SpgddError(f"{target}: a folder; name the file to write.")
     if memory and (normal or tiles):
         raise SpgddError("--memory holds the normal pictures and the tiles: leave --normal and --tiles out.")
-    errors, results, page = [], [], Report() if report else None
+    errors = []
     found = pictures(images, errors)
     normals = pictures(normal, errors, check=True)
     if normal and not normals:
         raise ImageError("none of the normal pictures can be used, so nothing was diagnosed.")
+    files = [(json_file if json_file != "-" else None, [".json"]), (report, [".html", ".htm"])]
+    check_outputs(files, [*found, *normals, memory])
     if found:
         diagnoser, reference = load(**model), None
         if memory:
             reference = diagnoser.load_reference(memory)
         elif normals:
             reference = diagnoser.reference(normals, product or "object", tiles=tiles)
+    known = {"memory": memory} if memory else {"normals": [str(path) for path in normals]}
+    head, page = {"spgdd": __version__, "profile": model["profile"], **known}, Report() if report else None
+    rows = json_rows(json_file, head, "results", {"errors": errors}) if json_file else nullcontext()
     try:
-        for image in tqdm(found, unit="picture", disable=None if len(found) > 1 else True):
-            try:
-                diagnosis = diagnoser.diagnose(image, reference, product, question, max_new_tokens=max_new_tokens,
-                                               false_alarm_rate=false_alarm_rate, tiles=tiles)  # fmt: skip
-            except ImageError as error:
-                note(errors, image, error)
-                continue
-            results.append(diagnosis.to_dict(timings))
-            if page:
-                page.add(diagnosis)
-            if json_file != "-":
-                tqdm.write(summary(diagnosis))
+        with rows as write:
+            for image in tqdm(found, unit="picture", disable=None if len(found) > 1 else True):
+                try:
+                    diagnosis = diagnoser.diagnose(image, reference, product, question, max_new_tokens=max_new_tokens,
+                                                   false_alarm_rate=false_alarm_rate, tiles=tiles)  # fmt: skip
+                except ImageError as error:
+                    note(errors, image, error)
+                    continue
+                if json_file != "-":
+                    tqdm.write(printable(summary(diagnosis)))
+                if write:
+                    write(diagnosis.to_dict(timings))
+                if page:
+                    page.add(diagnosis)
     finally:  # whatever ends the batch, what is done is kept
-        known = {"memory": memory} if memory else {"normals": [str(path) for path in normals]}
-        table = {"spgdd": __version__, "profile": model["profile"], **known, "results": results, "errors": errors}
-        if json_file == "-":
-            print(json.dumps(table, indent=2, ensure_ascii=False))
-        elif json_file:
-            write_json(json_file, table)
         if page:
             page.errors += [error["error"] for error in errors]
             page.save(report)
+    if errors:
+        complain(f"{len(errors)} file(s) could not be used.")
     return int(bool(errors))
 
 
@@ -85,29 +84,3 @@ def summary(diagnosis) -> str:
     notes = [f"({note})" for note in diagnosis.notes]
     text = " ".join(diagnosis.text.split())
     return "  ".join([diagnosis.image, verdict, numbers, places(diagnosis), text, *notes])
-
-
-def pictures(paths: list[str], errors: list[dict], check: bool = False) -> list[Path]:
-    """The pictures that the paths name; what is not there (with ``check``: not readable) becomes an error."""
-    from spgdd.images import list_images, read_image
-
-    found = []
-    for path in paths:
-        try:
-            files = list_images(path)
-        except ImageError as error:
-            note(errors, path, error)
-            continue
-        for file in files:
-            try:
-                if check:
-                    read_image(file)
-                found.append(file)
-            except ImageError as error:
-                note(errors, file, error)
-    return found
-
-
-def note(errors: list[dict], image: str | Path, error: ImageError) -> None:
-    errors.append({"image": str(image), "error": str(error)})
-    complain(error)

@@ -6,13 +6,14 @@ With switches of the method (``spgdd.evaluation.ablation``) it measures what eac
 """
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 from typer import Option
 
-from spgdd.cli.common import RATE
+from spgdd.cli.common import RATE, complain, say
 from spgdd.errors import DataError, SpgddError
-from spgdd.files import whole_file, write_json
+from spgdd.files import check_outputs, json_rows, whole_file
 from spgdd.profiles import get_profile
 
 
@@ -32,14 +33,15 @@ def evaluate(
     csv: Path = Option(None, help="write one line per product, number of shots and seed"),
     plot: Path = Option(None, help="draw AUROC over shots beside published figures"),
     **model,
-) -> None:
+) -> int:
     """Measure how good the diagnoses are, with k normal pictures."""
-    from spgdd.evaluation import protocol
     from spgdd.evaluation.metrics import summarise
-    from spgdd.evaluation.tables import MAP, TEXT, fewer_masks, table, write_csv
+    from spgdd.evaluation.protocol import evaluate_each, folder_tasks
+    from spgdd.evaluation.tables import report, write_csv
 
     seen = get_profile(model["profile"])
     shots, text = shots or (0, 1, 2, 4)[not seen.words :], text and model["language"] and seen.language is not None
+    check_outputs([(json_file, [".json"]), (csv, [".csv"]), (plot, [".png", ".pdf", ".svg", ".jpg"])], [ablate])
     names = dict(pair(each, "--product") for each in product)
     common = {key: value_of(value) for key, value in (pair(each, "--set") for each in switches)}
     variants = read_variants(ablate) if ablate else {"": {}}
@@ -48,31 +50,43 @@ def evaluate(
 
         tasks = miniworld_tasks(subsets, draws, limit or 20)
     else:
-        tasks = protocol.folder_tasks(data, subsets, names, limit)
-    runs, rows = [], []
-    for name, changed in variants.items():
-        if name:
-            print(f"{name}: {changed}", flush=True)
-        found = protocol.evaluate(load_variant(common | changed, **model), tasks, shots, seeds, text, false_alarm_rate)
-        runs += [{"variant": name} | run for run in found]
-        rows += [{"variant": name} | row for row in summarise(found)]
-    shown = [row | {"subset": row["variant"]} for row in rows if row["subset"] == "mean"] if ablate else rows
-    for title, columns in {"maps and their verdicts": MAP, "text": TEXT if text else {}}.items():
-        if columns:
-            print(f"\n{title}, in percent, mean and standard deviation over the shot sets\n{table(shown, columns)}")
-    for line in fewer_masks(runs):
-        print(line)
-    if json_file:
-        about = {"data": data, "profile": model["profile"], "limit": limit, "false_alarm_rate": false_alarm_rate}
-        about |= {"set": common, "variants": variants}
-        write_json(json_file, {"settings": about, "summary": rows, "runs": runs}, indent=1)
-    if csv:
-        write_csv(csv, runs)
-    if plot:
-        from spgdd.ui.plots import plot_shots
+        tasks = folder_tasks(data, subsets, names, limit, say)
+    about = {"data": data, "profile": model["profile"], "limit": limit, "false_alarm_rate": false_alarm_rate}
+    head, rows, runs = {"settings": about | {"set": common, "variants": variants}}, [], []
 
-        with whole_file(plot) as file:
-            plot_shots(shown).savefig(file, dpi=120, format=plot.suffix[1:] or "png")
+    def shown() -> list[dict]:
+        return [row | {"subset": row["variant"]} for row in rows if row["subset"] == "mean"] if ablate else rows
+
+    with ExitStack() as outputs:  # whatever ends the evaluation, each of them gets what is done
+        outputs.callback(lambda: runs and plot and save_plot(plot, shown()))
+        outputs.callback(lambda: runs and csv and write_csv(csv, runs))
+        outputs.callback(lambda: runs and say(*report(shown(), runs, text)))
+        write = json_file and outputs.enter_context(json_rows(json_file, head, "runs", {"summary": rows}))
+        for name, changed in variants.items():
+            if name:
+                say(f"{name}: {changed}")
+            first = len(runs)
+            try:
+                diagnoser = load_variant(common | changed, **model)
+                for run in evaluate_each(diagnoser, tasks, shots, seeds, text, false_alarm_rate):
+                    runs.append({"variant": name} | run)
+                    if write:
+                        write(runs[-1])
+            finally:
+                rows += [{"variant": name} | row for row in summarise(runs[first:])]
+    skipped = {line for run in runs for line in run["skipped"]}
+    for line in sorted(skipped):
+        complain(line)
+    if skipped:
+        complain(f"{len(skipped)} picture(s) or mask(s) could not be used; the figures are without them.")
+    return int(bool(skipped))
+
+
+def save_plot(path: Path, rows: list[dict]) -> None:
+    from spgdd.ui.plots import plot_shots
+
+    with whole_file(path) as file:
+        plot_shots(rows).savefig(file, dpi=120, format=path.suffix[1:].lower())
 
 
 def load_variant(switches: dict, profile: str, **options):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from typer import Argument, Option
 
-from spgdd.cli.common import TILES
+from spgdd.cli.common import TILES, pictures, say
+from spgdd.files import check_outputs
 
 
 def build(
@@ -21,13 +22,18 @@ def build(
     rotate: bool = Option(None, help="remember each picture in four orientations, for parts that may lie in any"),
     tiles: int = TILES,
     **model,
-) -> None:
+) -> int:
     """Encode normal pictures, calibrate on them, and write both to a file."""
     from spgdd.diagnosis import load
 
-    reference = load(**model).reference(normal, product, budget, rotate, tiles)
+    errors = []
+    found = pictures(normal, errors, check=True)
+    check_outputs([(output, [".safetensors"])], found)
+    reference = load(**model).reference(found, product, budget, rotate, tiles)
     path, bank = reference.save(output), reference.bank
-    print(f"{path}: {bank.normals} normal picture(s), {bank.tokens.shape[2]:,} entries per depth and scale")
+    left_out = f"; {len(errors)} left out" if errors else ""
+    say(f"{path}: {bank.normals} normal picture(s){left_out}, {bank.tokens.shape[2]:,} entries per depth and scale")
+    return int(bool(errors))
 
 
 def inspect(file: Path = Argument(help="what `spgdd memory build` wrote")) -> None:
@@ -50,5 +56,4 @@ def inspect(file: Path = Argument(help="what `spgdd memory build` wrote")) -> No
         "threshold": f"{threshold} at 5 % false alarms, unsure {low} to {high}",
         "file": f"{file.stat().st_size / 1e6:,.1f} MB",
     }
-    for name, value in rows.items():
-        print(f"{name:<12} {value}")
+    say(*(f"{name:<12} {value}" for name, value in rows.items()))

@@ -6,8 +6,10 @@ from typing import Literal
 
 from typer import Argument, Option
 
-from spgdd.cli.common import accepted
+from spgdd.cli.common import accepted, say
 from spgdd.data.download import DATASETS
+from spgdd.errors import DataError
+from spgdd.files import check_outputs, write_json
 
 FOLDER = Argument(help="for example data/TADD")
 SPLIT = Option(None, help="VisA's split, a .csv (default: its 1cls.csv)")
@@ -22,15 +24,14 @@ def index(
     """One table of images, masks, products and defect types."""
     from spgdd.data.index import index_folder
 
+    check_outputs([(output, [".csv", ".json"])], [visa_split])
     table = index_folder(folder, visa_split, check=not quick)
     counts = Counter((row.subset, row.product, row.split or "-", row.defect_type == "good") for row in table.rows)
-    print(f"{'subset':<26}{'product':<26}{'split':<8}{'good':>7}{'defect':>8}")
+    say(f"{'subset':<26}{'product':<26}{'split':<8}{'good':>7}{'defect':>8}")
     for subset, product, split in sorted({key[:3] for key in counts}):
         good, bad = (counts[subset, product, split, flag] for flag in (True, False))
-        print(f"{subset:<26}{product:<26}{split:<8}{good:>7}{bad:>8}")
-    for problem in table.problems:
-        print(problem)
-    print(f"{len(table.rows)} images, {len(table.problems)} problems")
+        say(f"{subset:<26}{product:<26}{split:<8}{good:>7}{bad:>8}")
+    say(*map(str, table.problems), f"{len(table.rows)} images, {len(table.problems)} problems")
     if output:
         table.save(output)
     return int(any(problem.kind in ("missing", "broken", "ambiguous") for problem in table.problems))
@@ -45,13 +46,13 @@ def describe(
     """Write TADD_text.json from masks and pixels."""
     from spgdd.data.describe import describe
     from spgdd.data.index import index_folder
-    from spgdd.files import write_json
 
+    check_outputs([(output, [".json"])], [visa_split])
     table = index_folder(folder, visa_split)
     records = describe(table, seed)
     write_json(output, records, indent=1)
     left_out = len(table.rows) - len(records)
-    print(f"{output}: {len(records)} conversations; {left_out} broken or maskless images left out")
+    say(f"{output}: {len(records)} conversations; {left_out} broken or maskless images left out")
 
 
 def world(
@@ -64,8 +65,10 @@ def world(
     """Draw a training folder of the mini world, with its text."""
     from miniworld import write_world
 
+    if folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"{folder}: a folder that holds files already; name a new one.")
     records = write_world(folder, products, seed, families, held_out)
-    print(f"{folder}: {len(records)} pictures of {products} products, and TADD_text.json")
+    say(f"{folder}: {len(records)} pictures of {products} products, and TADD_text.json")
 
 
 def download(
@@ -76,10 +79,10 @@ def download(
     """Fetch and unpack a data set, or say how to get it."""
     from spgdd.data.download import about, download
 
-    print(about(name, root))
+    say(*about(name, root).splitlines())
     if "files" not in DATASETS[name]:
         return 0
     if not yes and not accepted("Do you accept this licence and start?"):
         return 1
-    print(f"unpacked in {download(name, root)}")
+    say(f"unpacked in {download(name, root)}")
     return 0

@@ -42,7 +42,7 @@ def download(name: str, root: str | Path = "data/TADD") -> Path:
 
     entry = _entry(name)
     if "files" not in entry:
-        raise DataError(f"{name} cannot be downloaded from here.\n{about(name, root)}")
+        raise DataError(f"{name} cannot be downloaded from here.", *about(name, root).splitlines())
     folder = Path(os.path.normpath(Path(root) / entry["folder"]))
     folder.mkdir(parents=True, exist_ok=True)
     need, free = 2 * _size(entry), shutil.disk_usage(folder).free

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ from spgdd.data.index import Row, index_folder
 from spgdd.data.masks import read_mask
 from spgdd.data.words import default_question
 from spgdd.diagnosis import Diagnoser, judge
-from spgdd.errors import DataError
+from spgdd.errors import DataError, ImageError, SpgddError, printable
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, verdict_metrics
 from spgdd.images import read_image
 from spgdd.language.conversation import fold_history
 from spgdd.prefetch import prefetched, results
 from spgdd.profiles import Profile
+from spgdd.ranges import check_ranges
 from spgdd.reference import build_reference
 from spgdd.views import Views
 from spgdd.whole import Whole
@@ -107,17 +109,24 @@ def _limited(rows: list[Row], limit: int | None) -> list[Row]:
     return [row for row in rows if row in kept]
 
 
-def evaluate(
+def evaluate(*arguments, **options) -> list[dict]:
+    """The runs of ``evaluate_each``."""
+    return list(evaluate_each(*arguments, **options))
+
+
+def evaluate_each(
     diagnoser: Diagnoser, tasks: Sequence[Task], shots: Sequence[int] = (1,), seeds: Sequence[int] = (0, 1, 2),
     text: bool = True, false_alarm_rate: float = 0.05, progress: bool = True,
-) -> list[dict]:  # fmt: skip
-    """One run per product, number of shots and seed: subset, product, shots, seed, metrics, pictures.
+) -> Iterator[dict]:  # fmt: skip
+    """A run per product, number of shots and seed: subset, product, shots, seed, metrics, pictures, skipped.
 
     A seed shuffles the normal pictures, and k shots are the first k of them. Without shots there is one run,
-    of seed None. Pictures are dicts of everything that the metrics are made of. Raises DataError for a
-    product with fewer normal pictures than shots, or without pictures to diagnose; SpgddError where no shots are asked
-    of a model without words. Without a language part there is no text.
+    of seed None. Pictures are dicts of everything that the metrics are made of; ``skipped`` says why others, which
+    cannot be read, are not among them. Raises DataError for a product with fewer normal pictures than shots, or
+    without pictures to diagnose; SpgddError where no shots are asked of a model without words. Without a language part
+    there is no text.
     """
+    check_ranges(shots=shots, seeds=seeds, false_alarm_rate=false_alarm_rate)
     for task in tasks:
         if len(task.normals) < max(shots) or not task.queries:
             raise DataError(
@@ -126,19 +135,22 @@ def evaluate(
             )
     if 0 in shots:
         diagnoser.model.require_words()
-    text, runs = text and diagnoser.model.language is not None, []
+    text = text and diagnoser.model.language is not None
     with tqdm(total=sum(len(task.queries) for task in tasks), unit="picture", disable=not progress) as bar:
         for task in tasks:
-            bar.set_description(task.product)
-            runs += _evaluate_task(diagnoser, task, shots, seeds, text, false_alarm_rate, bar)
-    return runs
+            bar.set_description(printable(task.product))
+            yield from _evaluate_task(diagnoser, task, shots, seeds, text, false_alarm_rate, bar)
 
 
 @torch.inference_mode()
 def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, rate: float, bar: tqdm) -> list[dict]:
-    model, known, sets = diagnoser.model, {}, {}
+    model, known, sets, skipped = diagnoser.model, {}, {}, {}  # skipped: the reason by the picture's name
     for seed in seeds:
         order = random.Random(seed).sample(task.normals, len(task.normals))
+        order = list(islice((one for one in order if _readable(one, skipped)), max(shots)))
+        if len(order) < max(shots):
+            raise DataError(f"{task.subset}/{task.product}: {len(order)} normal pictures can be read for {max(shots)} "
+                            "shots.", *skipped.values())  # fmt: skip
         for k in shots:
             sources = [picture.source for picture in order[:k]]
             sets[k, seed if k else None] = build_reference(model, sources, task.name, known=known) if k else None
@@ -146,7 +158,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
     counts, pictures, asked = ({key: kind() for key in sets} for kind in (PixelCounts, list, list))
     levels = next((reference.levels for reference in sets.values() if reference and reference.levels), None)
-    for batch in load_batches(task.queries, model.profile, levels):
+    for batch in load_batches(task.queries, model.profile, levels, skipped):
         seen, count = model.look([loaded.pixels for loaded in batch]), batch[0].views.count
         patches = torch.cat([one.patches[0] for one in seen])  # (B*V, L, N, D)
         wholes = [Whole.of(loaded.pixels[0], one) for loaded, one in zip(batch, seen, strict=True)]
@@ -175,6 +187,8 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                 asked[key].append((embedding, prompts))
             pictures[key] += records
         bar.update(len(batch))
+    if not next(iter(pictures.values())):
+        raise DataError(f"{task.subset}/{task.product}: none of its pictures can be read.", *skipped.values())
     for key, parts in asked.items():
         if parts:  # all at once: no batch waits for its longest answer
             _ask(model, *map(torch.cat, zip(*parts, strict=True)), task, pictures[key])
@@ -184,7 +198,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
             "normals": sets[key].normals if sets[key] else (), "calibration": asdict(calibrations[key]),
             "metrics": image_metrics([p["kind"] != "good" for p in rows], [p["score"] for p in rows])
             | counts[key].metrics() | verdict_metrics(rows),
-            "pictures": rows,
+            "pictures": rows, "skipped": list(skipped.values()),
         }
         for key, rows in pictures.items()
     ]  # fmt: skip
@@ -215,13 +229,39 @@ class Loaded:
     places: list[str]
 
 
-def load_batches(pictures: Sequence[Picture], profile: Profile, levels=None) -> Iterator[list[Loaded]]:
-    """Decoded pictures in batches, deep grey from ``levels``; while the caller works on one, the next is decoded."""
+def _readable(picture: Picture, skipped: dict[str, str]) -> bool:
+    if picture.name not in skipped:
+        try:
+            read_image(picture.source)
+        except ImageError as error:
+            skipped[picture.name] = str(error)
+    return picture.name not in skipped
+
+
+def load_batches(
+    pictures: Sequence[Picture], profile: Profile, levels=None, skipped: dict[str, str] | None = None
+) -> Iterator[list[Loaded]]:
+    """Decoded pictures in batches, deep grey from ``levels``; while the caller works on one, the next is decoded.
+
+    ``skipped`` gets the reason for each that is left out because it, or its mask, cannot be read.
+    """
+    skipped = {} if skipped is None else skipped
+
+    def load(picture: Picture) -> list[Loaded]:
+        try:
+            return [load_picture(picture, profile, levels)]
+        except SpgddError as error:
+            skipped[picture.name] = str(error)
+        except Exception as error:  # damaged masks make decoders raise nearly anything
+            skipped[picture.name] = f"{picture.mask}: the mask cannot be read ({error})."
+        return []
+
     with ThreadPoolExecutor() as pool:
         batches = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
-        decoding = ([pool.submit(load_picture, one, profile, levels) for one in batch] for batch in batches)
+        decoding = ([pool.submit(load, one) for one in batch] for batch in batches)
         for futures in prefetched(decoding):
-            yield results(futures)
+            if loaded := list(chain.from_iterable(results(futures))):
+                yield loaded
 
 
 def load_picture(picture: Picture, profile: Profile, levels=None) -> Loaded:
@@ -231,6 +271,9 @@ def load_picture(picture: Picture, profile: Profile, levels=None) -> Loaded:
     coverage, places = None, list(picture.places)
     if picture.mask is not None:
         mask = read_mask(picture.mask, picture.source) if isinstance(picture.mask, Path) else picture.mask  # (H, W)
+        if mask.shape != (image.height, image.width):
+            raise DataError(f"{picture.mask}: {mask.shape[1]} x {mask.shape[0]} pixels, its picture {image.width} x "
+                            f"{image.height}.")  # fmt: skip
         if not places:
             places = list(dict.fromkeys(d["place"] for d in measure(mask, np.asarray(image), picture.kind)))
         coverage = views.to_map(mask)

@@ -14,6 +14,15 @@ MAP, TEXT = COLUMNS["map"], COLUMNS["text"]  # heading of a column: its metric
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))["figures"]
 
 
+def report(rows: list[dict], runs: list[dict], text: bool) -> list[str]:
+    """Lines of text: the figures of maps and verdicts, those of the ``text``, and what they are without."""
+    lines = []
+    for title, columns in {"maps and their verdicts": MAP, **({"text": TEXT} if text else {})}.items():
+        lines += ["", f"{title}, in percent, mean and standard deviation over the shot sets"]
+        lines += table(rows, columns).split("\n")
+    return lines + fewer_masks(runs)
+
+
 def table(rows: list[dict], columns: dict[str, str]) -> str:
     """Rows of ``summarise`` as aligned text; "-" where a figure is not defined."""
     width = max(len(row["subset"]) for row in rows) + 1

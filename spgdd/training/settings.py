@@ -100,7 +100,7 @@ def load_settings(
     given = own | from_deepspeed | options
     fields = {key: _value(key, given[key], errors) for key in given.keys() & OPTIONS.keys()}
     if errors:
-        raise SpgddError("\n".join(["These settings cannot be used.", *dict.fromkeys(errors)]))
+        raise SpgddError("These settings cannot be used.", *dict.fromkeys(errors))
     return TrainingSettings(**fields, sections=from_deepspeed.get("sections", {}))
 
 
@@ -108,7 +108,7 @@ def _read(path: Path, parse) -> dict:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise SpgddError(f"{path} cannot be read: {error}") from error
+        raise SpgddError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise SpgddError(f"{path} must hold keys with values, not a {type(content).__name__}.")
     return content

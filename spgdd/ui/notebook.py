@@ -63,6 +63,6 @@ def environment(profile, needs: Mapping[str | PathLike, str] | None = None) -> N
     missing = [f"  {file} (from {source})" for file, source in wanted.items() if not file.is_file()]
     if missing:
         how = f"Run the notebook named; `spgdd weights download {chosen.name}` fetches what is published."
-        raise WeightsError("\n".join([f"{len(missing)} file(s) are missing:", *missing, how]))
+        raise WeightsError(f"{len(missing)} file(s) are missing:", *missing, how)
     size = sum(file.stat().st_size for folder in {f.parent for f in files} for file in folder.iterdir())
     print(f"weights    {size / 1e6:,.0f} MB in {root}")

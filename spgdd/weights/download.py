@@ -48,7 +48,7 @@ def download(names: str | Sequence[str], root: str | Path | None = None, workers
         with claimed(root):
             problems = _fetch_all(todo.unchecked + todo.files, root, workers, progress)
         if problems:
-            raise WeightsError("\n".join(["Not all was downloaded; run it again to continue.", *problems]))
+            raise WeightsError("Not all was downloaded; run it again to continue.", *problems)
     return status(names, root)
 
 
