@@ -133,7 +133,7 @@ def test_no_call_ends_in_a_traceback_or_overwrites_what_it_reads(place, monkeypa
     monkeypatch.setattr("miniworld.tasks.miniworld_tasks", lambda names, *_: miniworld_tasks(names or ["nut"], 1, 1))
     paths = [*sorted(os.listdir(place)), "data", "data/set", ".", "data/..", "/dev/null", "nowhere", "no/where.png",
              "*.png", "y" * 300, "", "half.png/x.json", "/proc/version", "new.json", "new/deep/new.json"]  # fmt: skip
-    every = list(commands(get_command(cli.app)))
+    every = [each for each in commands(get_command(cli.app)) if each[0] != ("demo",)]  # which would serve
     assert len(every) == 15
     rng, known, statuses, problems = random.Random(SEED), contents(place), [], []
     for number in range(CALLS):
