@@ -151,19 +151,19 @@ class Worker:
         with self.step_of_many():  # of no effect, but AdamW makes its moments in it
             self.backward(self.module())
         self.step(0.0)
+        if self.deepspeed:
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                for kind, values in state.items():
-                    value = values[name].to(parameter.device)
-                    if kind == "value":
-                        parameter.copy_(value)
+                value, *moments = (state[kind][name].to(parameter.device) for kind in ("value", *MOMENTS))
+                parameter.copy_(value)
+                if self.deepspeed:
+                    safe_set_full_fp32_param(parameter, value)
+                for kind, moment in zip(MOMENTS, moments, strict=True):
                     if self.deepspeed:
-                        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-                        kinds = () if kind == "value" else (kind,)
-                        (safe_set_full_optimizer_state if kinds else safe_set_full_fp32_param)(parameter, value, *kinds)
-                    elif kind != "value":
-                        self.optimiser.state[parameter][kind].copy_(value)
+                        safe_set_full_optimizer_state(parameter, moment, kind)
+                    else:
+                        self.optimiser.state[parameter][kind].copy_(moment)
         for own in self.optimiser.state.values():
             own["step"].fill_(step)
 
