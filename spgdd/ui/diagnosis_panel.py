@@ -16,9 +16,6 @@ from io import BytesIO
 from pathlib import Path
 from threading import Thread
 
-import ipywidgets as w
-from IPython.display import display
-
 from spgdd.diagnosis import Diagnoser
 from spgdd.images import list_images
 from spgdd.report import summary
@@ -45,6 +42,8 @@ class Panel:
     """The tool's widgets; what they show is in ``session``."""
 
     def __init__(self, session: Session, product: str, folder: str | Path):
+        import ipywidgets as w
+
         self.session, self.thread = session, None
         self.good, self.doubt = (
             w.FileUpload(accept="image/*", multiple=True, description=name, layout=FIT)
@@ -93,6 +92,8 @@ class Panel:
         self.draw()
 
     def _ipython_display_(self) -> None:
+        from IPython.display import display
+
         display(self.all)
 
     # Work: functions that may return a generator of sentences that say how far it is

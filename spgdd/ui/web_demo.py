@@ -11,7 +11,6 @@ from functools import partial, wraps
 from html import escape
 from pathlib import Path
 
-import gradio as gr
 from PIL import Image
 
 from spgdd.diagnosis import Diagnoser
@@ -29,11 +28,13 @@ QUICK = {"queue": False, "trigger_mode": "always_last", **PAGE}
 SEVERAL = {"file_count": "multiple", "file_types": ["image"], "height": 140}
 
 
-def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: float = 60) -> gr.Blocks:
+def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: float = 60):
     """The page. ``examples``: a folder of folders named as their product: pictures in doubt, and a folder ``good``.
 
     An answer is cut off after so many seconds.
     """
+    import gradio as gr
+
     folders = sorted(Path(examples).iterdir()) if examples else []
     samples = [(str(picture), folder) for folder in folders for picture in list_images(folder)]
     with gr.Blocks(title="Diagnose a part", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -202,7 +203,9 @@ def plainly(steps):
             yield from steps(*inputs)
         except Exception as error:
             log.warning("a visitor was told of an error", exc_info=error)
-            raise gr.Error(escape(explain(error)), print_exception=False) from None
+            from gradio import Error
+
+            raise Error(escape(explain(error)), print_exception=False) from None
 
     return guarded
 
