@@ -7,7 +7,8 @@ from spgdd.errors import SpgddError
 RANGES = {  # whole numbers from ... to
     "tiles": (1, 16), "budget": (1, 10**7), "max_new_tokens": (1, 2048), "shots": (0, 1000), "limit": (1, 10**6),
     "draws": (1, 1000), "variants": (0, 1000), "turns": (1, 1000), "products": (1, 10**5), "seed": (0, 2**32 - 1),
-    "seeds": (0, 2**32 - 1), "false_alarm_rate": (0.0, 0.5),  # a fraction: between, the ends excluded
+    "seeds": (0, 2**32 - 1), "port": (0, 65535),
+    "false_alarm_rate": (0.0, 0.5), "seconds": (0.0, 86400.0),  # fractions: between, the ends excluded
 }  # fmt: skip
 NAMES = {
     "product": (r".*\S.*", "a name"), "question": (r".*\S.*", "a question"), "output": (".+", "a file name"),
