@@ -96,7 +96,7 @@ class FeatureCache:
         self.model, self.fit = model, model.profile.fit
         self.folder = Path(folder) / f"{model.fingerprint}-{self.fit}"
         self._digests: dict[Path, bytes] = {}
-        self._read: set[Path] = set()  # files whose seal was checked by this process
+        self._read: set[tuple[Path, int, int]] = set()  # files, with size and time, whose seal this process checked
 
     @cached_property
     def bytes_each(self) -> int:
@@ -185,8 +185,10 @@ class FeatureCache:
         path = self.path(picture)
         try:
             # Not through a memory map, whose pages would be fetched one by one in the one thread that makes batches.
-            tensors, metadata = unseal(path.read_bytes(), trusted=path in self._read)
-            self._read.add(path)
+            state = path.stat()
+            version = path, state.st_size, state.st_mtime_ns
+            tensors, metadata = unseal(path.read_bytes(), trusted=version in self._read)
+            self._read.add(version)
         except FileNotFoundError:
             raise DataError(f"{picture.image} is not in the feature cache {self.folder}: fill it first.") from None
         except (OSError, ValueError) as error:
