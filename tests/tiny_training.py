@@ -138,3 +138,6 @@ if __name__ == "__main__":
             name, resume = options.pop("name"), options.pop("resume", False)
             engine = options.pop("engine", "torch")
             train(tiny_model(), TinyData(), settings(**options), Path(folder) / name, engine=engine, resume=resume)
+        if torch.distributed.is_initialized():  # a rank that ends before the others would take their connection along
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
