@@ -13,10 +13,10 @@ from torch import Tensor
 from spgdd.errors import SpgddError
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.places import place_of
+from spgdd.ranges import RANGES
 from spgdd.selfprompt.evidence import Evidence
 
 SIZE, PATCH = 224, 14  # pixels of a side of ImageBind's square, and of a patch
-MOST_TILES = 16  # a side
 OVERLAP = 2  # patches that neighbouring tiles share where each is seen for itself
 
 
@@ -199,9 +199,10 @@ class Views:
 
 
 def check_tiles(tiles: int) -> int:
-    """The number of tiles a side. Raises SpgddError unless it is 1 to 16: more would be parts of a patch."""
-    if type(tiles) is not int or not 1 <= tiles <= MOST_TILES:
-        raise SpgddError(f"tiles must be a whole number from 1 to {MOST_TILES}, received {tiles!r}.")
+    """The number of tiles a side, which a file may hold too. Raises SpgddError unless it is one of ``RANGES``."""
+    low, high = RANGES["tiles"]
+    if type(tiles) is not int or not low <= tiles <= high:
+        raise SpgddError(f"tiles must be a whole number from {low} to {high}, received {tiles!r}.")
     return tiles
 
 
