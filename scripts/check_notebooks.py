@@ -1,10 +1,12 @@
 """Check that notebooks keep the form of the course; prints each problem with its cell, exit status 1 if any.
 
-    python scripts/check_notebooks.py                      # all numbered notebooks, about a second
+    python scripts/check_notebooks.py                      # all notebooks and appendices, about a second
     python scripts/check_notebooks.py notebooks/03_*.ipynb
 
 What a machine can check of: one top block, install, environment and parameters cell each, short cells, little
-prose, checks beside the code, outputs that are executed, clean and small, links that lead somewhere.
+prose, checks beside the code, outputs that are executed, clean and small, pictures with an alternative text, links
+that lead somewhere, and numbers in the prose that the outputs show. A number that no output shows is marked as given
+in a comment of its cell: <!-- given: 14 -->.
 """
 
 import argparse
@@ -23,9 +25,10 @@ import nbformat
 
 from run_course import ROOT, course, normalise
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 1_200_000
 MAX_PROSE_WORDS = 80
-MAX_MEDIAN_LINES, MAX_LINES = 6, 40
+MAX_MEDIAN_LINES, MAX_LINES = 6, 25
+MAX_SILENT = 3  # code cells in a row without a sentence
 TOP_BLOCK = ("you will be able to", "you need", "time", "vram", "disk", "you are here")
 END_SECTIONS = ("Limits", "Takeaways", "Questions", "Exercises")
 
@@ -37,6 +40,9 @@ VOLATILE = {
 }
 STOCHASTIC = re.compile(r"\b(torch\.rand\w*|torch\.normal|np\.random\.(?!default_rng)\w+|random\.\w+)\(")
 SEED = re.compile(r"manual_seed|default_rng|generator=|random\.seed|random\.Random|np\.random\.seed")
+WORDS = "three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+NUMBER_WORDS = {word: number for number, word in enumerate(WORDS.split(), start=3)} | {"dozen": 12, "twenty": 20}
+NUMBER = re.compile(rf"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w.]*\w)|\b(?:{'|'.join(NUMBER_WORDS)})\b", flags=re.IGNORECASE)
 IPYTHON_LINE = re.compile(r"^(\s*)[%!].*$", flags=re.MULTILINE)
 
 
@@ -54,6 +60,15 @@ class Page:
     @cached_property
     def prose(self) -> list:
         return [cell for cell in self.notebook.cells if cell.cell_type == "markdown"]
+
+    @cached_property
+    def appendix(self) -> bool:
+        return self.path.parent.name == "appendix"
+
+    @cached_property
+    def number(self) -> str:
+        """"03" of a numbered notebook, "A" of an appendix."""
+        return self.path.name.split("_")[0]
 
     @cached_property
     def top(self) -> str:
@@ -79,17 +94,19 @@ def name_of(cell) -> str:
 
 
 def text_of(output) -> str:
-    """What an output says in words: streams and text or HTML data, no pictures."""
+    """What an output says in words: streams, text, the words of pages and drawings, no pictures."""
     data = output.get("data", {})
-    return output.get("text", "") + data.get("text/plain", "") + data.get("text/html", "")
+    page = re.sub(r"<[^>]+>", " ", data.get("text/html", "") + data.get("image/svg+xml", ""))
+    return " ".join((output.get("text", ""), data.get("text/plain", ""), page))
 
 
 # ---- rules: each yields one sentence for each thing that is wrong -----------------------------------------
 
 
 def file_name(page: Page) -> Iterator[str]:
-    if not re.fullmatch(r"\d\d(_[a-z0-9]+){2,}\.ipynb", page.path.name):
-        yield "the file is not called NN_verb_noun.ipynb"
+    number, name = ("[A-Z]", "A") if page.appendix else (r"\d\d", "NN")
+    if not re.fullmatch(number + r"(_[a-z0-9]+){2,}\.ipynb", page.path.name):
+        yield f"the file is not called {name}_verb_noun.ipynb"
 
 
 def size(page: Page) -> Iterator[str]:
@@ -99,11 +116,15 @@ def size(page: Page) -> Iterator[str]:
 
 
 def title(page: Page) -> Iterator[str]:
-    if not re.match(rf"# {page.path.name[:2]} · \S", page.notebook.cells[0].source):
-        yield f"the first cell does not begin with '# {page.path.name[:2]} · Title'"
+    if not re.match(rf"# {page.number} · \S", page.notebook.cells[0].source):
+        yield f"the first cell does not begin with '# {page.number} · Title'"
 
 
 def neighbours(page: Page) -> Iterator[str]:
+    if page.appendix:
+        if "](../" not in page.notebook.cells[0].source:
+            yield "the first cell has no link to the notebook that it belongs to"
+        return
     names = [path.name for path in sorted(page.path.parent.glob("[0-9][0-9]_*.ipynb"))]
     here = names.index(page.path.name)
     for word, there in (("previous", here - 1), ("next", here + 1)):
@@ -113,7 +134,7 @@ def neighbours(page: Page) -> Iterator[str]:
 
 def top_block(page: Page) -> Iterator[str]:
     said = page.top.lower().replace("_", " ")
-    for words in TOP_BLOCK:
+    for words in TOP_BLOCK[:1] if page.appendix else TOP_BLOCK:
         if words not in said:
             yield f"the top does not say '{words}' before the parameters cell"
 
@@ -129,6 +150,8 @@ def install_cell(page: Page) -> Iterator[str]:
 
 def environment_cell(page: Page) -> Iterator[str]:
     cells = [cell for cell in page.code if re.search(r"\benvironment\(", cell.source)]
+    if page.appendix:
+        return
     if not cells:
         yield "no cell prints versions, device and precision: call spgdd.ui.notebook.environment(...)"
     elif "precision" not in "".join(text_of(output) for output in cells[0].outputs):
@@ -223,22 +246,82 @@ def seeds(page: Page) -> Iterator[str]:
             yield f"{name_of(cell)} draws random numbers with no seed beside them"
 
 
+def silent_cells(page: Page) -> Iterator[str]:
+    row = 0
+    for cell in page.notebook.cells:
+        row = row + 1 if cell.cell_type == "code" else 0
+        if row == MAX_SILENT + 1:
+            yield f"{name_of(cell)} is the {row}th code cell in a row without a sentence"
+
+
 def check_cells(page: Page) -> Iterator[str]:
-    if not any("assert" in cell.source for cell in page.code):
-        yield "no check cell: nothing asserts a shape or proves equality with spgdd"
+    found = False
     for cell in page.code:
         for node in ast.walk(python(cell)):
+            checks = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("check", "equal")
+            found = found or checks or isinstance(node, ast.Assert)
             if isinstance(node, ast.Assert) and node.msg is None:
                 yield f"{name_of(cell)} asserts without a message that teaches: {ast.unparse(node)}"
+            if checks and not any(is_sentence(argument) for argument in node.args):
+                yield f"{name_of(cell)} checks without a sentence that teaches: {ast.unparse(node)}"
+    if not found:
+        yield "no check cell: nothing asserts a shape or proves equality with spgdd"
+
+
+def is_sentence(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and " " in str(node.value)
+
+
+def alternative_text(page: Page) -> Iterator[str]:
+    for cell in page.code:
+        for output in cell.outputs:
+            for mime, value in output.get("data", {}).items():
+                says = output.metadata.get(mime, {}).get("alt") or mime == "image/svg+xml" and "aria-label=" in value
+                if mime.startswith("image/") and not says:
+                    yield f"{name_of(cell)} shows a picture without alternative text: give image_grid or compact alt="
+
+
+def raw_repr(page: Page) -> Iterator[str]:
+    for cell in page.code:
+        for output in cell.outputs:
+            plain = output.get("data", {}).get("text/plain", "")
+            if set(output.get("data", {})) == {"text/plain"} and re.match(r"<|\w+\(", plain):
+                yield f"{name_of(cell)} shows the raw {plain.split('(')[0][:40]}: print what a reader wants of it"
+
+
+def numbers_in_prose(page: Page) -> Iterator[str]:
+    """Numbers that prose names and no output shows; those marked as given in their cell, the top and tasks are free."""
+    shown = {value for cell in page.code for output in cell.outputs for value in numbers(text_of(output))} | {0, 1, 2}
+    for cell in (cell for cell in page.prose[1:] if not re.match("## (Questions|Exercises)", cell.source)):
+        given = {value for mark in re.findall(r"<!-- given: (.*?) -->", cell.source) for value in numbers(mark)}
+        text = re.sub(r"(?s)```.*?```|`[^`]*`|<!--.*?-->|<[^>]+>|\]\([^)]*\)|\$[^$]*\$", "", cell.source)
+        text = re.sub(r"(?m)^\s*\d+\. |^#+ .*$|(?i:notebooks?|exercises?|appendix) \d+(, \d+)*( and \d+)?", "", text)
+        unknown = [match.group() for match in NUMBER.finditer(text) if not appears(match.group(), shown | given)]
+        if unknown:
+            yield f"{name_of(cell)} names {', '.join(unknown)}, which no output shows"
+
+
+def numbers(text: str) -> set[float]:
+    return {value_of(match.group()) for match in NUMBER.finditer(text)}
+
+
+def value_of(number: str) -> float:
+    return float(NUMBER_WORDS.get(number.lower()) or number.replace(",", ""))
+
+
+def appears(number: str, shown: set[float]) -> bool:
+    """Whether a number is among those shown, or one of these rounds to it."""
+    decimals = len(number.partition(".")[2])
+    return any(round(value, decimals) == value_of(number) for value in shown)
 
 
 def end_sections(page: Page) -> Iterator[str]:
     sections = {}
-    for cell in page.prose:
+    for cell in [] if page.appendix else page.prose:
         heading = re.match(r"## (\w+)", cell.source)
         if heading:
             sections[heading.group(1)] = cell.source
-    for wanted in END_SECTIONS:
+    for wanted in () if page.appendix else END_SECTIONS:
         if wanted not in sections:
             yield f"no section '## {wanted}'"
     questions = len(re.findall(r"^\d+\. ", sections.get("Questions", ""), flags=re.MULTILINE))
@@ -259,7 +342,7 @@ def links(page: Page) -> Iterator[str]:
 RULES = (
     file_name, size, title, neighbours, top_block, install_cell, environment_cell, parameters_cell, executed,
     outputs_present, no_errors, normal_form, cell_ids, machine_paths, volatile_outputs, cell_lengths,
-    prose_lengths, seeds, check_cells, end_sections, links,
+    prose_lengths, silent_cells, seeds, check_cells, alternative_text, raw_repr, numbers_in_prose, end_sections, links,
 )  # fmt: skip
 
 
@@ -274,7 +357,7 @@ def problems(path: Path) -> list[str]:
 def main() -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all numbered ones of the course")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: the whole course")
     paths = [path.resolve() for path in parser.parse_args().notebooks] or course()
     found = {path: problems(path) for path in paths}
     for path, sentences in found.items():

@@ -22,6 +22,7 @@ from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "runs" / "course"
+NARROW = "<style>.jp-RenderedSVG img, .jp-RenderedSVG svg { max-width: 100%; height: auto }</style>"  # of drawings
 CELL_TIMEOUT = 900  # seconds; the slowest cell of the course takes a fraction of this on two cores
 
 
@@ -151,6 +152,7 @@ def save_page(notebook: nbformat.NotebookNode, name: str) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, RESULTS / f"{name}.ipynb")
     page, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": name}})
+    page = page.replace("</head>", f"{NARROW}</head>", 1)
     (RESULTS / f"{name}.html").write_text(page, encoding="utf-8")
 
 

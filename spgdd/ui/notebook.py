@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from spgdd.ui import figures
-
 
 def check(fact, sentence: str) -> None:
     """Print a sentence with a tick where it holds. Raises AssertionError with it where it does not."""
@@ -24,11 +22,6 @@ def equal(ours, theirs, sentence: str, tolerance: float = 1e-3) -> None:
     difference = (ours - theirs).abs().max().item()
     below = next((10.0**power for power in range(-7, 4) if difference < 10.0**power), difference)
     check(difference <= tolerance, f"{sentence} (largest difference below {below:.0e})")
-
-
-def pipeline(you_are_here: str | tuple[str, ...]):
-    """``figures.pipeline`` for notebooks that still call it so."""
-    return figures.pipeline(*([you_are_here] if isinstance(you_are_here, str) else you_are_here))
 
 
 def environment(profile, needs: Mapping[str | PathLike, str] | None = None) -> None:

@@ -3,7 +3,7 @@
 Each docstring is what a reader who cannot see the figure is told.
 """
 
-from spgdd.ui.drawing import BLUE, GREEN, INK, LINE, ORANGE, PALE, WHITE, YELLOW, figure
+from drawing import BLUE, GREEN, INK, LINE, ORANGE, PALE, WHITE, YELLOW, figure
 
 STEPS = {  # of the system: what it is, what comes out of it
     "pictures": ("pictures", "in doubt, good ones"),
