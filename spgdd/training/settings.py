@@ -1,13 +1,13 @@
-"""What a training run is: a preset, its DeepSpeed file, and options on top of both.
+"""What a training run is: a preset, a .yaml file of the fields of ``TrainingSettings``, and options that go before it.
 
-A preset is two files of one name. NAME.yaml holds the fields of ``TrainingSettings``, NAME.json is a DeepSpeed file and
-holds the optimiser with its learning rate, which counts without DeepSpeed too. A key without effect is an error.
+A key without effect is an error.
 """
 
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,51 +60,51 @@ class TrainingSettings:
     evaluate_every: int = option(0, "steps between evaluations on held-out samples; 0: none", least=0, changes=True)
     evaluate_on: int = option(64, "held-out samples of one evaluation", changes=True)
     answers: int = option(3, "of them shown with question and answer", least=0, changes=True)
-    sections: dict = dataclasses.field(default_factory=dict, metadata={"changes": True})  # for DeepSpeed itself
+    deepspeed: dict = dataclasses.field(default_factory=dict, metadata={"changes": True})  # what only DeepSpeed needs
 
 
-OPTIONS = {field.name: field for field in dataclasses.fields(TrainingSettings) if field.name != "sections"}
-OPTIMIZER = {"lr": "learning_rate", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
-TOP = {"gradient_clipping": "clip", "train_batch_size": "batch", "train_micro_batch_size_per_gpu": "micro_batch"}
+OPTIONS = {field.name: field for field in dataclasses.fields(TrainingSettings) if field.name != "deepspeed"}
 PASSED = ("zero_optimization", "communication_data_type", "comms_logger", "flops_profiler", "aio", "steps_per_print",
           "wall_clock_breakdown", "dump_state")  # fmt: skip
-ELSEWHERE = {
-    "scheduler": "warmup and schedule in the preset",
-    "activation_checkpointing": "checkpointing in the preset",
+ELSEWHERE = {  # what DeepSpeed's files may hold and is set for both engines alike
+    "optimizer": "learning_rate, betas, eps and weight_decay",
+    "scheduler": "warmup and schedule",
+    "gradient_clipping": "clip",
+    "train_batch_size": "batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
     "gradient_accumulation_steps": "micro_batch; there are as many as a batch takes",
-    "zero_allow_untested_optimizer": "nothing: AdamW is tested",
-    "zero_force_ds_cpu_optimizer": "nothing: offloading takes torch's AdamW",
+    "bf16": "precision",
+    "fp16": "precision",
+    "activation_checkpointing": "checkpointing",
 }
 
 
 def load_settings(
     preset: str | Path = "recommended", deepspeed: str | Path | None = None, **options
 ) -> TrainingSettings:
-    """Settings of a preset (name, or path of a .yaml file), of the DeepSpeed file (default: of its name beside it), and
-    fields that go before both. Raises SpgddError that lists every unknown, contradicting or impossible key.
+    """Settings of a preset (name, or path of a .yaml file) and fields that go before it.
+
+    ``deepspeed``: a .json file in place of the preset's section of that name. Raises SpgddError that lists every
+    unknown or impossible key.
     """
     known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     path = PRESETS / f"{preset}.yaml" if str(preset) in known else Path(preset)
     if not path.is_file():
         raise SpgddError(f"There is no preset {preset!r}: choose one of {', '.join(known)}, or give a .yaml file.")
-    other = Path(deepspeed) if deepspeed else path.with_suffix(".json")
-    own, errors = _read(path, yaml.safe_load), []
-    moved = [key for key in own if key in OPTIMIZER.values()]
-    errors += [f"{path}: {key} is set in {other.name}, under optimizer.params." for key in moved]
-    errors += _unknown(path, own, OPTIONS)
-    from_deepspeed = _deepspeed(other, errors) if deepspeed or other.is_file() else {}
-    for key in own.keys() & from_deepspeed.keys():
-        if own[key] != from_deepspeed[key]:
-            errors.append(f"{path}: {key} is {own[key]}, but {from_deepspeed[key]} in {other}.")
-    errors += _unknown("options", options, OPTIONS)
-    given = own | from_deepspeed | options
+    own = _read(path, yaml.safe_load)
+    section = own.pop("deepspeed", {})
+    if deepspeed:
+        section = _read(Path(deepspeed), json.loads)
+    errors = _unknown(path, own, OPTIONS) + _unknown("options", options, OPTIONS)
+    errors += _deepspeed_errors(deepspeed or path, section)
+    given = own | options
     fields = {key: _value(key, given[key], errors) for key in given.keys() & OPTIONS.keys()}
     if errors:
         raise SpgddError("These settings cannot be used.", *dict.fromkeys(errors))
-    return TrainingSettings(**fields, sections=from_deepspeed.get("sections", {}))
+    return TrainingSettings(**fields, deepspeed=section)
 
 
-def _read(path: Path, parse) -> dict:
+def _read(path: Path, parse: Callable[[str], object]) -> dict:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -114,55 +114,28 @@ def _read(path: Path, parse) -> dict:
     return content
 
 
-def _deepspeed(path: Path, errors: list[str]) -> dict:
-    """Fields of TrainingSettings from a DeepSpeed file, and its "sections" that are DeepSpeed's own affair."""
-    content = _read(path, json.loads)
-
-    def section(key: str, of: dict) -> dict:
-        """The keys under a key."""
-        found = of.get(key, {})
-        if not isinstance(found, dict):
-            errors.append(f"{path}: {key} must hold keys with values, received {found!r}.")
-        return found if isinstance(found, dict) else {}
-
-    for key in content.keys() & ELSEWHERE.keys():
-        errors.append(f"{path}: {key} has no effect here; instead: {ELSEWHERE[key]}.")
-    errors += _unknown(path, content, {"optimizer", "fp16", "bf16", *TOP, *PASSED, *ELSEWHERE})
-    optimizer = section("optimizer", content)
-    errors += _unknown(path, optimizer, ("type", "params"), "optimizer.")
-    if (kind := optimizer.get("type", "AdamW")) not in ("Adam", "AdamW"):
-        errors.append(f"{path}: optimizer.type is {kind}; training takes AdamW.")
-    params = section("params", optimizer)
-    errors += _unknown(path, params, OPTIMIZER, "optimizer.params.")
-    fields = {OPTIMIZER[key]: value for key, value in params.items() if key in OPTIMIZER}
-    fields |= {TOP[key]: content[key] for key in content.keys() & TOP.keys()}
-    for key, precision in (("fp16", "float16"), ("bf16", "bfloat16")):
-        errors += _unknown(path, section(key, content), ("enabled",), f"{key}.")
-        if section(key, content).get("enabled"):
-            if "precision" in fields:
-                errors.append(f"{path}: fp16 and bf16 are both enabled; choose one.")
-            fields["precision"] = precision
-    zero = section("zero_optimization", content)
-    if path.parent != PRESETS:  # DeepSpeed takes seconds to import
-        errors += _zero_errors(path, zero)
-    return fields | {"sections": {key: content[key] for key in PASSED if key in content}}
-
-
-def _zero_errors(path: Path, zero: dict) -> list[str]:
-    """What DeepSpeed itself would say to its section; nothing where it is not installed, and nothing can come of it."""
+def _deepspeed_errors(where: str | Path, section) -> list[str]:
+    """What is wrong with the settings for DeepSpeed; of ZeRO's own it is asked, where it is installed."""
+    zero = section.get("zero_optimization", {}) if isinstance(section, dict) else None
+    if not isinstance(zero, dict):
+        return [f"{where}: deepspeed and its zero_optimization must hold keys with values, received {section!r}."]
+    errors = [f"{where}: {key} has no effect here; instead: {ELSEWHERE[key]}." for key in section if key in ELSEWHERE]
+    errors += _unknown(where, section, {*PASSED, *ELSEWHERE})
+    if not zero or Path(where).parent == PRESETS:  # DeepSpeed takes seconds to import
+        return errors
     try:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from pydantic import ValidationError
     except ImportError:
-        return []
+        return errors
     known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    errors += _unknown(where, zero, known, "zero_optimization.")
     try:
         DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if key in known})
-        wrong = []
-    except ValidationError as error:
-        wrong = error.errors()
-    told = [f"{path}: {'.'.join(map(str, ('zero_optimization', *e['loc'])))}: {e['msg']}." for e in wrong]
-    return _unknown(path, zero, known, "zero_optimization.") + told
+    except ValidationError as wrong:
+        errors += [f"{where}: {'.'.join(map(str, ('zero_optimization', *e['loc'])))}: {e['msg']}."
+                   for e in wrong.errors()]  # fmt: skip
+    return errors
 
 
 def _unknown(where: str | Path, keys: Iterable, known: Iterable[str], prefix: str = "") -> list[str]:
@@ -177,17 +150,14 @@ def _unknown(where: str | Path, keys: Iterable, known: Iterable[str], prefix: st
 
 def _value(key: str, value, errors: list[str]):
     """The value in the field's type; what it cannot be goes to the errors."""
-    kind, limits = OPTIONS[key].type, OPTIONS[key].metadata
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            value = float(value)  # YAML reads 1e-2 as a text
-        except (ValueError, OverflowError):
-            pass
-    if kind is tuple and isinstance(value, list):
-        value = tuple(value)
-    wanted = None
+    kind, limits, wanted = OPTIONS[key].type, OPTIONS[key].metadata, None
     if value is None is OPTIONS[key].default:
         return None
+    if kind is float and type(value) in (int, str):
+        with suppress(ValueError, OverflowError):
+            value = float(value)  # YAML reads 1e-2 as a text
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
     if type(value) is not kind:
         wanted = kind.__name__
     elif "choices" in limits and value not in limits["choices"]:

@@ -177,7 +177,7 @@ class Worker:
 
 def zero_plugin(settings: TrainingSettings, ranks: int) -> DeepSpeedPlugin:
     """What DeepSpeed is told. Precision, accumulation and learning rate are the loop's."""
-    zero = settings.sections.get("zero_optimization", {}).get("stage", 0)
+    zero = settings.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if zero not in (1, 2):
         raise SpgddError(
             f"zero_optimization.stage must be 1 or 2 in the DeepSpeed file, received {zero!r}. Stage 3 would cut up "
@@ -187,7 +187,7 @@ def zero_plugin(settings: TrainingSettings, ranks: int) -> DeepSpeedPlugin:
         import deepspeed  # noqa: F401
     except ImportError as error:
         raise SpgddError(f"DeepSpeed cannot be used ({error}): pip install 'spgdd[train]'.") from error
-    return DeepSpeedPlugin(hf_ds_config=settings.sections | {
+    return DeepSpeedPlugin(hf_ds_config=settings.deepspeed | {
         "train_micro_batch_size_per_gpu": settings.batch // ranks, "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.clip, "zero_force_ds_cpu_optimizer": False,
     })  # fmt: skip
