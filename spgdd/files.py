@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import socket
-import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from spgdd.errors import SpgddError
+
+STALE = 24 * 3600  # seconds after which an unfinished file is taken for one of a killed process
 
 
 @contextmanager
@@ -29,6 +32,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 yield file
             return
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target.parent)
         partial = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex[:12]}.part")  # others may write it too
         try:
             with open(partial, "wb") as file:
@@ -41,6 +45,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 partial.unlink()
     except OSError as error:
         raise SpgddError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+@cache  # once a process
+def remove_stale(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder."""
+    for path in folder.glob(f".*.{'[0-9a-f]' * 12}.part"):
+        with suppress(OSError):  # another process may be faster
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
@@ -91,37 +104,6 @@ def claimed(folder: str | os.PathLike, needed: int = 0) -> Iterator[None]:
         write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
         yield
         owner.unlink(missing_ok=True)
-
-
-@contextmanager
-def json_rows(path: str | os.PathLike, head: dict, name: str, tail: dict) -> Iterator[Callable[[Any], None]]:
-    """A function that writes one more value of the list ``name`` in a JSON object, between ``head`` and ``tail``.
-
-    However the work ends, the file is valid and has all that was added. The path "-" is standard output, in ASCII.
-    """
-    ended, ascii = None, path == "-"
-    with nullcontext(sys.stdout.buffer) if path == "-" else whole_file(path) as file:
-
-        def write(text: str) -> None:
-            file.write(text.encode("utf-8", errors="backslashreplace"))
-
-        def add(value) -> None:
-            nonlocal between
-            text = json.dumps(value, indent=2, ensure_ascii=ascii).replace("\n", "\n    ")
-            write(f"{between}\n    {text}")
-            between = ","
-
-        between = ""
-        write(json.dumps(head, indent=2, ensure_ascii=ascii).removesuffix("\n}") + f',\n  "{name}": [')
-        try:
-            yield add
-        except BaseException as error:  # such as Ctrl-C
-            ended = error
-        write("\n  ]" if between else "]")
-        write("," + json.dumps(tail, indent=2, ensure_ascii=ascii).removeprefix("{") + "\n")
-        file.flush()
-    if ended:
-        raise ended
 
 
 def check_outputs(outputs: Iterable[tuple], inputs: Iterable = ()) -> None:

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from spgdd.calibration import AREA, Calibration, altered_copies
 from spgdd.errors import ImageError, SpgddError, WeightsError
-from spgdd.files import whole_file
 from spgdd.images import image_name, levels_of, list_images, read_image
 from spgdd.model import SPGDD, Seen
-from spgdd.sealed import seal, unseal
 from spgdd.selfprompt import MemoryBank
+from spgdd.tensors import read_sealed, write_tensors
 from spgdd.views import Views, check_tiles
 from spgdd.whole import Whole
 
-FORMAT = "spgdd-memory-3"
+FORMAT = "spgdd-memory-4"
 HELD_OUT = 64  # at most so many normal pictures are scored against the others
 AGAIN = "Make it again from the normal pictures: `spgdd memory build`."
 
@@ -53,10 +52,8 @@ class Reference:
                  "levels": self.levels,
                  "profile": self.profile, "vision": self.vision, "trained": self.trained, "rotate": bank.rotate,
                  "scales": bank.scales, "pictures": bank.normals, "calibration": asdict(self.calibration)}  # fmt: skip
-        tensors = {"tokens": bank.tokens.cpu().contiguous(), "origin": bank.origin.cpu().contiguous(),
-                   "light": self.whole.light, "look": self.whole.look}  # fmt: skip
-        with whole_file(path) as file:
-            file.write(seal(tensors, {"format": FORMAT, "about": json.dumps(about)}))
+        tensors = {"tokens": bank.tokens, "origin": bank.origin, "light": self.whole.light, "look": self.whole.look}
+        write_tensors(path, tensors, {"format": FORMAT, "about": json.dumps(about)})
         return Path(path)
 
 
@@ -66,7 +63,7 @@ def read_reference(path: str | Path) -> Reference:
     if not path.is_file():
         raise WeightsError(f"there is no memory file {path}. `spgdd memory build` makes one from normal pictures.")
     try:
-        tensors, metadata = unseal(path.read_bytes())
+        tensors, metadata = read_sealed(path)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} is damaged, of an earlier version, or no memory file ({error}). {AGAIN}") from error
     if metadata.get("format") != FORMAT:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def read_tensors(path: str | Path, intact: bool = False, mend: str = AGAIN) -> d
         if is_web_page(path):
             raise ValueError("it is a web page, an error or a login")
         if path.suffix == ".safetensors":
-            return _unsealed(path.read_bytes()) if intact else load_file(path)
+            return _unseal(path.read_bytes(), required=False)[0] if intact else load_file(path)
         archive = zipfile.is_zipfile(path)  # since 2020; torch cannot map the pickles from before
         if archive and intact and not is_standin(path) and (name := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"the checksum of {name} is another")
@@ -69,42 +70,63 @@ def read_tensors(path: str | Path, intact: bool = False, mend: str = AGAIN) -> d
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write tensors to a .safetensors file, whole or not at all, and return its SHA-256.
 
-    Equal tensors and metadata give equal files; a checksum of both lies in the metadata. Raises SpgddError where the
-    file cannot be written.
+    Equal tensors and metadata give equal files; a checksum of both is the last of the metadata. Raises SpgddError
+    where the file cannot be written.
     """
-    header, numbers = _parts(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
+    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    start, header = _header(data)
     # safetensors writes metadata in a random order, and with it another file each time: ours are put in here.
-    header = {"__metadata__": dict(metadata or {})} | header
+    header, numbers = {"__metadata__": dict(metadata or {})} | header, memoryview(data)[start:]
     header["__metadata__"]["checksum"] = _checksum(header, numbers)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with whole_file(path) as file:
-        for block in (len(text).to_bytes(8, "little"), text, numbers):
+        for block in (_as_bytes(header), numbers):
             file.write(block)
             digest.update(block)
     return digest.hexdigest()
 
 
-def _parts(data: bytes) -> tuple[dict, memoryview]:
-    """Header and numbers of a .safetensors file."""
+def read_sealed(path: str | Path, trusted: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, in memory of their own, and metadata of what `write_tensors` wrote.
+
+    `trusted`: the checksum was compared before, and is not once more. Raises OSError where the file cannot be read and
+    ValueError for any other content.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return _unseal(data, trusted)
+    except (SafetensorError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _unseal(data: bytes, trusted: bool = False, required: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """See `read_sealed`; without `required` a file that has no checksum passes, as others publish them."""
+    start, header = _header(data)
+    written = data[:start] == _as_bytes(header)
+    last, checksum = header.get("__metadata__", {"": ""}).popitem()
+    if required or last == "checksum" or len(checksum) == 71:
+        right = trusted or (last, checksum) == ("checksum", _checksum(header, memoryview(data)[start:]))
+        if not (written and right):
+            raise ValueError("it is not as it was written: its checksum is another")
+    return load(data), header.get("__metadata__", {})
+
+
+def _header(data: bytes) -> tuple[int, dict]:
+    """Where the numbers of a .safetensors file begin, and what stands before them."""
     start = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:start]), memoryview(data)[start:]
+    return start, json.loads(data[8:start])
+
+
+def _as_bytes(header: dict) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _checksum(header: dict, numbers: memoryview) -> str:
     digest = hashlib.sha256(json.dumps(header).encode())
     digest.update(numbers)
     return f"sha256:{digest.hexdigest()}"
-
-
-def _unsealed(data: bytes) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file; its last metadata are their checksum, where `write_tensors` wrote it."""
-    header, numbers = _parts(data)
-    name, checksum = header.get("__metadata__", {"": ""}).popitem()
-    if (name == "checksum" or len(checksum) == 71) and checksum != _checksum(header, numbers):
-        raise ValueError("it is not as it was written: its checksum is another")
-    return load(data)
 
 
 class TensorFile:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from spgdd import cli
 from spgdd.cli.common import add
 from spgdd.diagnosis import Diagnoser
 from spgdd.errors import SpgddError, printable
-from spgdd.files import check_outputs, json_rows, write_json
+from spgdd.files import STALE, check_outputs, write_json
 from spgdd.loading import load_model
 from spgdd.ranges import check_ranges
 
@@ -138,23 +139,6 @@ def test_pipes_and_devices_are_no_pictures_and_no_folders(folder, capsys):
     assert "part.png: a device or a pipe, not a file." in lines[0] and "folder" not in "".join(lines)
 
 
-def test_results_are_written_as_they_come(folder, monkeypatch, capsys):
-    """What is in the files when the last picture is diagnosed."""
-    seen = []
-
-    class Watching(Diagnoser):
-        def diagnose(self, image, *arguments, **options):
-            (partial,) = folder.glob(".r.json.*.part")
-            seen.append(partial.stat().st_size)
-            return super().diagnose(image, *arguments, **options)
-
-    monkeypatch.setattr("spgdd.diagnosis.load", lambda *_, **__: Watching(FakeModel()))
-    monkeypatch.setattr("spgdd.files.open", lambda *given: open(*given, buffering=0), raising=False)
-    assert run("diagnose parts parts --normal good --json r.json") == 0
-    assert sorted(seen) == seen and len(set(seen)) == 4
-    assert len(json.loads((folder / "r.json").read_text())["results"]) == 4
-
-
 def test_an_output_that_fails_does_not_lose_the_others(folder, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -171,18 +155,13 @@ def test_an_output_that_fails_does_not_lose_the_others(folder, monkeypatch, caps
     assert sorted(path.name for path in folder.iterdir()) == ["good", "parts", "r.json"]
 
 
-def test_rows_of_json_are_what_json_would_write(tmp_path):
-    head, rows, tail = {"a": 1, "b": [2]}, [{"c": "ü\u2028\n\udcff"}, {"d": []}, "e"], {"f": [], "g": {}}
-    for count in range(4):
-        with json_rows(tmp_path / "rows.json", head, "rows", tail) as write:
-            for row in rows[:count]:
-                write(row)
-        write_json(tmp_path / "whole.json", head | {"rows": rows[:count]} | tail)
-        assert (tmp_path / "rows.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    with pytest.raises(ValueError, match="^enough$"), json_rows(tmp_path / "rows.json", head, "rows", tail) as write:
-        write(1)
-        raise ValueError("enough")
-    assert json.loads((tmp_path / "rows.json").read_text()) == head | {"rows": [1]} | tail
+def test_unfinished_files_of_killed_processes_are_removed_by_whoever_writes_there_next(tmp_path):
+    old, new, other = (tmp_path / name for name in (f".a.{'0' * 12}.part", f".b.{'f' * 12}.part", ".film.part"))
+    for path in (old, new, other):
+        path.touch()
+        os.utime(path, (0 if path != new else time.time() - 0.5 * STALE,) * 2)
+    write_json(tmp_path / "r.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, other.name, "r.json"]
 
 
 NAMES = ["new\nline.png", "return\r.png", "\x1b[31mred.png", "bell\a\x9b1m.png", "\u202eback.png",

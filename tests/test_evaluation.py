@@ -329,7 +329,7 @@ def test_variants_are_evaluated_side_by_side(folder, tmp_path, monkeypatch, caps
     assert written["runs"][0]["pictures"][0]["score"] != written["runs"][1]["pictures"][0]["score"]
     assert (tmp_path / "a.csv").read_text().startswith("variant,subset,")
     (tmp_path / "variants.json").write_text("[]")
-    assert cli.main(arguments) == 1 and "give an object" in capsys.readouterr().err
+    assert cli.main(arguments) == 1 and "Give names with their switches" in capsys.readouterr().err
 
 
 # Command

@@ -15,7 +15,7 @@ from spgdd.errors import SpgddError, WeightsError
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.loading import load_model
 from spgdd.reference import FORMAT, HELD_OUT, read_reference
-from spgdd.sealed import seal, unseal
+from spgdd.tensors import read_sealed, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +234,12 @@ def test_no_change_of_a_memory_file_passes(tmp_path, diagnoser, saved):
             diagnoser.load_reference(path)
 
 
+def opened(folder, saved):
+    """Tensors and metadata of a memory file."""
+    (folder / "saved.safetensors").write_bytes(saved)
+    return read_sealed(folder / "saved.safetensors")
+
+
 @pytest.mark.parametrize("change", [
     {"pictures": 10**20}, {"pictures": 0}, {"pictures": True}, {"scales": [1, 3]}, {"scales": []}, {"rotate": 3},
     {"product": 7}, {"tiles": 0}, {"tiles": 10**6}, {"normals": "nut"}, {"digests": [1]}, {"calibration": None},
@@ -244,12 +250,12 @@ def test_no_change_of_a_memory_file_passes(tmp_path, diagnoser, saved):
     {"levels": [1]}, {"levels": [5, float("nan")]}, {"levels": "ab"},
 ], ids=str)  # fmt: skip
 def test_a_sealed_file_of_impossible_values_is_refused(tmp_path, diagnoser, saved, change):
-    tensors, metadata = unseal(saved)
+    tensors, metadata = opened(tmp_path, saved)
     about = json.loads(metadata["about"])
     if isinstance(change.get("calibration"), dict):
         change = {"calibration": about["calibration"] | change["calibration"]}
     path = tmp_path / "nut.safetensors"
-    path.write_bytes(seal(tensors, {"format": FORMAT, "about": json.dumps(about | change)}))
+    write_tensors(path, tensors, {"format": FORMAT, "about": json.dumps(about | change)})
     with pytest.raises(WeightsError, match="spgdd memory build"):
         diagnoser.load_reference(path)
 
@@ -261,10 +267,9 @@ def test_a_sealed_file_of_impossible_values_is_refused(tmp_path, diagnoser, save
     lambda t: t | {"tokens": torch.stack([t["tokens"]] * 2)}, lambda t: t | {"origin": t["origin"][..., 1:]},
 ])  # fmt: skip
 def test_a_sealed_file_of_impossible_tensors_is_refused(tmp_path, diagnoser, saved, change):
-    tensors, metadata = unseal(saved)
+    tensors, metadata = opened(tmp_path, saved)
     path = tmp_path / "nut.safetensors"
-    changed = {name: value.contiguous() for name, value in change(tensors).items()}
-    path.write_bytes(seal(changed, {"format": FORMAT, "about": metadata["about"]}))
+    write_tensors(path, change(tensors), {"format": FORMAT, "about": metadata["about"]})
     with pytest.raises(WeightsError, match="spgdd memory build"):
         diagnoser.load_reference(path)
 
@@ -296,7 +301,7 @@ def test_a_memory_file_may_be_cut_or_replaced_while_it_is_in_use(tmp_path, diagn
 
 
 def test_other_files_are_told_apart(tmp_path, diagnoser):
-    (tmp_path / "other.safetensors").write_bytes(seal({"x": torch.zeros(2)}, {"format": "something else"}))
+    write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(2)}, {"format": "something else"})
     (tmp_path / "folder.safetensors").mkdir()
     for name, words in [("absent", "there is no memory file"), ("other", "format 'something else'"), ("folder", "no")]:
         with pytest.raises(WeightsError, match=words):

@@ -1,11 +1,14 @@
 """Nothing damaged passes into a training run, nothing finished is lost: files, presets, folders, disks."""
 
+import copy
 import json
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,32 +45,33 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
     ))()  # fmt: skip
 
 
-def test_a_damaged_file_of_the_feature_cache_is_refused(data):  # noqa: F811
-    rng, pictures, refused = random.Random(0), [item.pictures[0] for item in data.items], 0
+def damaged(rng: random.Random, files: list[Path]) -> Iterator[tuple[Path, bytes]]:
+    """One file after another with one change, with what it held; it is as before when the next one comes."""
     for _ in range(MUTATIONS):
-        picture = rng.choice(pictures)
-        path = data.cache.path(picture)
+        path = rng.choice(files)
         content = path.read_bytes()
-        path.write_bytes(damaged := mutated(content, rng))
+        path.write_bytes(mutated(content, rng))
+        yield path, content
+        path.write_bytes(content)
+
+
+def test_a_damaged_file_of_the_feature_cache_is_refused(data):  # noqa: F811
+    pictures, refused = {data.cache.path(item.pictures[0]): item.pictures[0] for item in data.items}, 0
+    for path, content in damaged(random.Random(0), list(pictures)):
         try:
-            data.cache.read(picture)
-            assert damaged == content
+            data.cache.read(pictures[path])
+            assert path.read_bytes() == content
         except DataError as error:
             assert "is damaged" in str(error) and "Delete it and start again" in str(error)
             refused += 1
-        finally:
-            path.write_bytes(content)
     assert refused > 0.95 * MUTATIONS
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     train(tiny_model(), TinyData(), settings(epochs=1, steps=2), tmp_path)
-    rng, (path,), refused = random.Random(0), checkpoint.every(tmp_path / "checkpoints"), 0
+    (path,), refused = checkpoint.every(tmp_path / "checkpoints"), 0
     whole = checkpoint.load(path)
-    for _ in range(MUTATIONS):
-        file = path / rng.choice(["position.json", *checkpoint.FILES.values()])
-        content = file.read_bytes()
-        file.write_bytes(mutated(content, rng))
+    for _ in damaged(random.Random(0), [path / name for name in ("position.json", *checkpoint.FILES.values())]):
         try:
             state, position = checkpoint.load(path)
             assert position == whole[1], "spaces between what it says may differ"
@@ -76,8 +80,6 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         except SpgddError as error:
             assert "damaged" in str(error) and "--resume" in str(error)
             refused += 1
-        finally:
-            file.write_bytes(content)
     assert refused > 0.95 * MUTATIONS
 
 
@@ -85,40 +87,40 @@ WRONG = (None, [], {}, "", "nan", 1e400, -1, 10**400, True, [[]], {"a": None}, "
 
 
 def test_a_damaged_preset_is_refused_in_words_or_gives_settings_within_their_limits(tmp_path):
-    rng, refused = random.Random(0), 0
+    rng, preset, zero, refused = random.Random(0), tmp_path / "mine.yaml", tmp_path / "mine.json", 0
+    whole = yaml.safe_load((PRESETS / "recommended.yaml").read_text())
+    zero.write_text(json.dumps(whole["deepspeed"]))
+    shutil.copy(PRESETS / "recommended.yaml", preset)
 
     def put(content: dict) -> None:
         """Another value, or a key more, at some place of it."""
         within = [value for value in content.values() if isinstance(value, dict) and value]
         if within and rng.random() < 0.5:
             return put(rng.choice(within))
-        key = rng.choice([*content, *content, "more", 7, None, True, 1.5])
-        content[key] = rng.choice(WRONG)
+        content[rng.choice([*content, *content, "more", 7, None, True, 1.5])] = rng.choice(WRONG)
 
-    for number in range(MUTATIONS):
-        files = {suffix: (PRESETS / f"recommended{suffix}").read_text() for suffix in (".yaml", ".json")}
-        suffix = rng.choice(list(files))
-        if number % 2:
-            content = yaml.safe_load(files[suffix]) if suffix == ".yaml" else json.loads(files[suffix])
-            put(content)
-            files[suffix] = yaml.safe_dump(content) if suffix == ".yaml" else json.dumps(content)
-        else:
-            files[suffix] = mutated(files[suffix].encode(), rng)
-        for each, text in files.items():
-            (tmp_path / f"mine{each}").write_bytes(text if isinstance(text, bytes) else text.encode())
+    def check() -> int:
+        """1 if the settings are refused."""
         try:
-            found = load_settings(tmp_path / "mine.yaml")
+            found = load_settings(preset, rng.choice([None, zero]))
         except SpgddError as error:
-            refused += 1
             assert str(error).startswith(("These settings cannot be used.", str(tmp_path / "mine")))
-            continue
+            return 1
         assert isinstance(found, TrainingSettings)
         for name, field in OPTIONS.items():
             value = getattr(found, name)
             assert type(value) is field.type or value is None is field.default, name
             if field.type in (int, float):
                 assert 0 <= value < float("inf"), name
-    assert refused > MUTATIONS / 3
+        return 0
+
+    for _ in damaged(rng, [preset, zero]):
+        refused += check()
+    for _ in range(MUTATIONS):
+        put(content := copy.deepcopy(whole))
+        preset.write_text(yaml.safe_dump(content))
+        refused += check()
+    assert refused > 2 * MUTATIONS / 3
 
 
 HOLD = """

@@ -357,15 +357,6 @@ def test_ranks_share_the_work_and_all_find_everything(model, folder, tmp_path, m
     assert complete == [24] * 3 and sum(seen) <= 24 + 3 * 4  # a rank's last two batches may be another's too
 
 
-def test_unfinished_files_of_killed_runs_are_removed(data, model):
-    old, new = (data.cache.folder / f".x.{age}.part" for age in ("old", "new"))
-    old.touch(), new.touch()
-    os.utime(old, (time.time() - 7200,) * 2)
-    data.fill()
-    assert not old.exists() and new.exists()
-    new.unlink()
-
-
 # what can be wrong
 
 
@@ -466,7 +457,7 @@ def test_real_photographs(model, real_data, tmp_path):
     assert [len(those) for those in few] == [4, 4, 4]
     records = describe(Index(index.folder, sum(few, []), []))
     data = TrainingData(model, write(tmp_path, records), real_data, shots=(1,), variants=1)
-    assert len(data) == 18 and {"magnetic tile", "road surface", "screw"} == set(data.products)
+    assert len(data) == 18 and {"magnetic tile", "road surface", "screw"} == {item.product for item in data.items}
     (batch,) = data.batches([range(18)], 0)
     assert [len(one) for one in batch.normals] == [1] * 18 and batch.features.patches.isfinite().all()
     for mask, key in zip(batch.masks, batch.keys, strict=True):

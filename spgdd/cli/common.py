@@ -1,6 +1,7 @@
 """What the commands share: how a function becomes one, how it ends, and options that several of them take."""
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typer import BadParameter, Option, Typer
 from typer.core import TyperCommand
 
 from spgdd.errors import ImageError, SpgddError, printable
+from spgdd.files import write_json
 from spgdd.profiles import PROFILES, get_profile
 from spgdd.ranges import check_ranges
 
@@ -127,6 +129,14 @@ def pictures(paths: Sequence[str], errors: list[dict], check: bool = False) -> l
         except ImageError as error:
             note(errors, path, error)
     return found
+
+
+def save_json(path: str | Path, content: dict) -> None:
+    """Write JSON values; "-" is standard output, in ASCII."""
+    if str(path) == "-":
+        print(json.dumps(content, indent=2), flush=True)
+    else:
+        write_json(path, content)
 
 
 def note(errors: list[dict], image: str | Path, error: SpgddError) -> None:

@@ -1,13 +1,13 @@
 """`spgdd diagnose`: pictures in, a line for each out."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 from typer import Argument, Option
 
 from spgdd import __version__
-from spgdd.cli.common import RATE, TILES, complain, note, pictures
+from spgdd.cli.common import RATE, TILES, complain, note, pictures, save_json
 from spgdd.errors import ImageError, SpgddError, printable
-from spgdd.files import check_outputs, json_rows
+from spgdd.files import check_outputs
 
 
 def diagnose(
@@ -49,27 +49,26 @@ def diagnose(
         elif normals:
             reference = diagnoser.reference(normals, product or "object", tiles=tiles)
     known = {"memory": memory} if memory else {"normals": [str(path) for path in normals]}
-    head, page = {"spgdd": __version__, "profile": model["profile"], **known}, Report() if report else None
-    rows = json_rows(json_file, head, "results", {"errors": errors}) if json_file else nullcontext()
-    try:
-        with rows as write:
-            for image in tqdm(found, unit="picture", disable=None if len(found) > 1 else True):
-                try:
-                    diagnosis = diagnoser.diagnose(image, reference, product, question, max_new_tokens=max_new_tokens,
-                                                   false_alarm_rate=false_alarm_rate, tiles=tiles)  # fmt: skip
-                except ImageError as error:
-                    note(errors, image, error)
-                    continue
-                if json_file != "-":
-                    tqdm.write(printable(summary(diagnosis)))
-                if write:
-                    write(diagnosis.to_dict(timings))
-                if page:
-                    page.add(diagnosis)
-    finally:  # whatever ends the batch, what is done is kept
-        if page:
-            page.errors += [error["error"] for error in errors]
-            page.save(report)
+    table = {"spgdd": __version__, "profile": model["profile"], **known, "results": [], "errors": errors}
+    page = Report()
+    with ExitStack() as outputs:  # whatever ends the batch, what is done is kept
+        if report:
+            outputs.callback(lambda: page.save(report))
+            outputs.callback(lambda: page.errors.extend(error["error"] for error in errors))
+        if json_file:
+            outputs.callback(lambda: save_json(json_file, table))
+        for image in tqdm(found, unit="picture", disable=None if len(found) > 1 else True):
+            try:
+                diagnosis = diagnoser.diagnose(image, reference, product, question, max_new_tokens=max_new_tokens,
+                                               false_alarm_rate=false_alarm_rate, tiles=tiles)  # fmt: skip
+            except ImageError as error:
+                note(errors, image, error)
+                continue
+            if json_file != "-":
+                tqdm.write(printable(summary(diagnosis)))
+            table["results"].append(diagnosis.to_dict(timings))
+            if report:
+                page.add(diagnosis)
     if errors:
         complain(f"{len(errors)} file(s) could not be used.")
     return int(bool(errors))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typer import Option
 
 from spgdd.cli.common import RATE, complain, say
-from spgdd.errors import DataError, SpgddError
-from spgdd.files import check_outputs, json_rows, whole_file
+from spgdd.errors import SpgddError
+from spgdd.files import check_outputs, whole_file, write_json
 from spgdd.profiles import get_profile
 
 
@@ -35,6 +35,7 @@ def evaluate(
     **model,
 ) -> int:
     """Measure how good the diagnoses are, with k normal pictures."""
+    from spgdd.evaluation.ablation import load_variant, read_variants
     from spgdd.evaluation.metrics import summarise
     from spgdd.evaluation.protocol import evaluate_each, folder_tasks
     from spgdd.evaluation.tables import report, write_csv
@@ -52,7 +53,8 @@ def evaluate(
     else:
         tasks = folder_tasks(data, subsets, names, limit, say)
     about = {"data": data, "profile": model["profile"], "limit": limit, "false_alarm_rate": false_alarm_rate}
-    head, rows, runs = {"settings": about | {"set": common, "variants": variants}}, [], []
+    rows, runs = [], []
+    table = {"settings": about | {"set": common, "variants": variants}, "runs": runs, "summary": rows}
 
     def shown() -> list[dict]:
         return [row | {"subset": row["variant"]} for row in rows if row["subset"] == "mean"] if ablate else rows
@@ -61,7 +63,7 @@ def evaluate(
         outputs.callback(lambda: runs and plot and save_plot(plot, shown()))
         outputs.callback(lambda: runs and csv and write_csv(csv, runs))
         outputs.callback(lambda: runs and say(*report(shown(), runs, text)))
-        write = json_file and outputs.enter_context(json_rows(json_file, head, "runs", {"summary": rows}))
+        outputs.callback(lambda: json_file and write_json(json_file, table))
         for name, changed in variants.items():
             if name:
                 say(f"{name}: {changed}")
@@ -70,8 +72,6 @@ def evaluate(
                 diagnoser = load_variant(common | changed, **model)
                 for run in evaluate_each(diagnoser, tasks, shots, seeds, text, false_alarm_rate):
                     runs.append({"variant": name} | run)
-                    if write:
-                        write(runs[-1])
             finally:
                 rows += [{"variant": name} | row for row in summarise(runs[first:])]
     skipped = {line for run in runs for line in run["skipped"]}
@@ -89,18 +89,6 @@ def save_plot(path: Path, rows: list[dict]) -> None:
         plot_shots(rows).savefig(file, dpi=120, format=path.suffix[1:].lower())
 
 
-def load_variant(switches: dict, profile: str, **options):
-    """A Diagnoser with a model changed by ``spgdd.evaluation.ablation``."""
-    from spgdd.diagnosis import load
-    from spgdd.evaluation.ablation import ablate, with_delta
-
-    delta = switches.pop("delta", None)
-    diagnoser = load(profile=with_delta(get_profile(profile), delta) if delta else profile, **options)
-    if switches:
-        ablate(diagnoser.model, **switches)
-    return diagnoser
-
-
 def pair(text: str, option: str) -> tuple[str, str]:
     key, _, value = text.partition("=")
     if not (key and value):
@@ -113,13 +101,3 @@ def value_of(text: str):
         return json.loads(text)
     except ValueError:
         return text
-
-
-def read_variants(path: Path) -> dict[str, dict]:
-    try:
-        variants = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
-    if not isinstance(variants, dict) or not all(isinstance(value, dict) for value in variants.values()):
-        raise DataError(f'{path}: give an object such as {{"full": {{}}, "no gates": {{"gates": false}}}}.')
-    return variants

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-from spgdd.errors import SpgddError
+from spgdd.errors import DataError, SpgddError
+from spgdd.files import read_json
+from spgdd.profiles import get_profile
 from spgdd.selfprompt import Comparison, Memory
 
 PARTS = ("comparison", "focus", "memory_tokens", "abnormal_prompts")  # modules that a model can do without
@@ -20,10 +22,30 @@ OPTIONS = ("rotate", "budget", "tiles", "joint", "score_share")  # fields of the
 SWITCHES = (*PARTS, *NUMBERS, *OPTIONS, "scales", "delta")
 
 
-def with_delta(profile, file: str | Path):
-    """The profile with another file of trained parameters in place of its last."""
-    *deltas, last = profile.deltas
-    return replace(profile, deltas=(*deltas, replace(last, file=str(Path(file).resolve()))))
+def read_variants(path: Path) -> dict[str, dict]:
+    """Variants by name. Raises DataError where the file holds something else."""
+    mend = 'Give names with their switches, such as {"full": {}, "no gates": {"gates": false}}.'
+    variants = read_json(path, mend, DataError)
+    if not all(isinstance(value, dict) for value in variants.values()):
+        raise DataError(f"{path}: not all that it holds are switches. {mend}")
+    return variants
+
+
+def load_variant(switches: dict, profile: str, **options):
+    """A Diagnoser with a changed model; "delta" is another file of trained parameters in place of the profile's last.
+
+    ``options`` are those of ``spgdd.load``.
+    """
+    from spgdd import diagnosis
+
+    profile, switches = get_profile(profile), dict(switches)
+    if delta := switches.pop("delta", None):
+        *deltas, last = profile.deltas
+        profile = replace(profile, deltas=(*deltas, replace(last, file=str(Path(delta).resolve()))))
+    diagnoser = diagnosis.load(profile=profile, **options)
+    if switches:
+        ablate(diagnoser.model, **switches)
+    return diagnoser
 
 
 @torch.no_grad()

@@ -4,17 +4,15 @@
     cache.fill(pictures)
     contents = cache.read(pictures[0])
 
-There is one sealed safetensors file a picture, read whole. Its name is a hash of all that its content depends on, and
-the folder's of the tower and of how pictures become square. A file gets its name when it is complete: a run that is
-killed leaves all that it has finished, and any number of runs and ranks may fill and read one folder at a time.
+There is one safetensors file a picture, with a checksum and read whole. Its name is a hash of all that its content
+depends on, and the folder's of the tower and of how pictures become square. A file gets its name when it is complete:
+a run that is killed leaves all that it has finished, and any number of runs and ranks may fill and read one folder.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,18 +27,16 @@ from tqdm import tqdm
 from spgdd.data.masks import mask_files, read_mask
 from spgdd.data.synthesis import DEFAULT, SynthesisSettings, synthesise
 from spgdd.errors import DataError, SpgddError
-from spgdd.files import whole_file
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.images import read_image
 from spgdd.model import SPGDD
 from spgdd.prefetch import prefetched, results
-from spgdd.sealed import seal, unseal
+from spgdd.tensors import read_sealed, write_tensors
 from spgdd.views import SIZE, Views
 
 BATCH = 32  # pictures that the vision tower takes at once
-RECIPE = 2  # number of how pictures become content; another one makes every file anew
+RECIPE = 3  # number of how pictures become content; another one makes every file anew
 MASK_SHARE = 0.1  # a pixel of the square is defective if this share of it is (AnomalyGPT)
-STALE = 3600  # seconds after which an unfinished file is taken for one of a killed run
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class FeatureCache:
         self.model, self.fit = model, model.profile.fit
         self.folder = Path(folder) / f"{model.fingerprint}-{self.fit}"
         self._digests: dict[Path, bytes] = {}
-        self._read: set[tuple[Path, int, int]] = set()  # files, with size and time, whose seal this process checked
+        self._read: set[tuple[Path, int, int]] = set()  # files, with size and time, whose checksum was compared
 
     @cached_property
     def bytes_each(self) -> int:
@@ -149,16 +145,12 @@ class FeatureCache:
             results(writing)
 
     def _missing(self, paths: Sequence[Path]) -> list[Path]:
-        """The files that are not there, if they can be written. Unfinished ones of killed runs are removed."""
+        """The files that are not there, if they can be written."""
         mend = "Choose another folder or fewer variants, or train without a cache."
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{self.folder} cannot be made ({error.strerror}). {mend}") from error
-        for path in self.folder.glob(".*.part"):
-            with contextlib.suppress(OSError):  # another rank may be faster
-                if time.time() - path.stat().st_mtime > STALE:
-                    path.unlink()
         there = {entry.name for entry in os.scandir(self.folder)}
         missing = [path for path in paths if path.name not in there]
         if missing and not os.access(self.folder, os.W_OK):
@@ -175,8 +167,7 @@ class FeatureCache:
             raise DataError(f"What the vision tower makes of {picture.image} is not finite. Is the tower damaged?")
         tensors = {"mask": contents.mask, "embedding": embedding, "patches": patches}
         try:
-            with whole_file(path) as file:
-                file.write(seal(tensors, {"defects": json.dumps(contents.defects)}))
+            write_tensors(path, tensors, {"defects": json.dumps(contents.defects)})
         except SpgddError as error:
             raise DataError(f"{error} What is encoded is kept: start again when there is room.") from error
 
@@ -187,7 +178,7 @@ class FeatureCache:
             # Not through a memory map, whose pages would be fetched one by one in the one thread that makes batches.
             state = path.stat()
             version = path, state.st_size, state.st_mtime_ns
-            tensors, metadata = unseal(path.read_bytes(), trusted=version in self._read)
+            tensors, metadata = read_sealed(path, trusted=version in self._read)
             self._read.add(version)
         except FileNotFoundError:
             raise DataError(f"{picture.image} is not in the feature cache {self.folder}: fill it first.") from None

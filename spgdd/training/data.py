@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -102,44 +101,27 @@ class TrainingData:
                 raise DataError(f"In which folder are the images of {file}? Give --image_root_path or --chat_images.")
         self.model, self.shots, self.turns, self.seed = model, tuple(shots), turns, seed
         self.cache = FeatureCache(cache, model) if cache else None
-        self.items = _tadd_items(Path(text), Path(images), turns, variants) if text else []
+        rows = index_folder(images, check=False).rows if text else []
+        self.items = _tadd_items(rows, Path(text), Path(images), turns, variants) if text else []
         if chat:
             records = read_records(chat, chat_images, chat_turns)
             self.items += [Item([PictureFile(record.image)], [record.conversation]) for record in records]
         if not self.items:
             raise DataError("There is nothing to train on: give a text file with records, or a chat file.")
+        # Of all that examples follow from, but for the pictures' bytes and for where their folder lies.
+        digest = hashlib.sha256(repr((rows, turns, chat_turns, variants, self.shots, seed)).encode())
+        for file in filter(None, (text, chat)):
+            digest.update(Path(file).read_bytes())
+        self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.items)
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of all that examples follow from, but for the pictures' bytes and for where their folder lies."""
-
-        def names(pictures: Iterable[PictureFile]) -> list[tuple]:
-            return [(*(path and path.parts[-4:] for path in (picture.image, picture.mask, picture.source)),
-                     picture.settings, picture.number) for picture in pictures]  # fmt: skip
-
-        total = hashlib.sha256(repr((self.seed, self.shots, self.turns)).encode())
-        for normals in self._normals():
-            total.update(repr(names(normals)).encode())
-        for item in self.items:
-            known = names(item.pictures), item.talks, item.product, len(item.normals), item.masked
-            total.update(repr(known).encode())
-        return total.hexdigest()
-
-    def _normals(self) -> Iterable[tuple[PictureFile, ...]]:
-        """Those of each product, once: its items share them."""
-        return {id(item.normals): item.normals for item in self.items}.values()
-
-    @property
-    def products(self) -> list[str]:
-        return sorted({item.product for item in self.items})
-
     def fill(self, rank: int = 0, ranks: int = 1) -> None:
         """Encode into the cache what is not in it; see ``FeatureCache.fill``. Without a cache, do nothing."""
         if self.cache:
-            lists = [*(item.pictures for item in self.items), *(self._normals() if any(self.shots) else ())]
+            normals = {id(item.normals): item.normals for item in self.items}.values()  # a product's items share them
+            lists = [*(item.pictures for item in self.items), *(normals if any(self.shots) else ())]
             self.cache.fill(itertools.chain.from_iterable(lists), rank, ranks)
 
     def order(self, epoch: int, seed: int, batch: int) -> list[list[int]]:
@@ -234,27 +216,25 @@ def stack_pinned(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tensors, out=torch.empty(shape, dtype=tensors[0].dtype, pin_memory=torch.cuda.is_available()))
 
 
-def _tadd_items(text: Path, images: Path, turns: int | None, variants: int) -> list[Item]:
+def _tadd_items(rows: Sequence[Row], text: Path, images: Path, turns: int | None, variants: int) -> list[Item]:
     """One item an image that the text file names, and of a good one another with its anomalies."""
-    rows, talks, good = {}, defaultdict(list), defaultdict(list)
-    for row in index_folder(images, check=False).rows:
-        rows[images / row.image] = row
-        if row.defect_type == "good":
-            good[row.subset, row.product].append(row)
+    talks, good, items = defaultdict(list), defaultdict(list), []
     for record in read_records(text, images, turns):
         talks[record.image].append(record.conversation)
-    normals = {}
+    for row in rows:
+        if row.defect_type == "good":
+            good[row.subset, row.product].append(row)
+    normals = defaultdict(tuple)
     for product, those in good.items():
         those = [row for row in those if row.split == "train"] or those
         normals[product] = tuple(PictureFile(images / row.image) for row in those)
-    items = []
+    places = {images / row.image: row for row in rows}
     for image, said in talks.items():
-        if image not in rows:
+        row = places.get(image)
+        if row is None:
             items.append(Item([PictureFile(image)], said))
             continue
-        row = rows[image]
-        name = spoken_name(row.product)
-        known, is_good = normals.get((row.subset, row.product), ()), row.defect_type == "good"
+        name, known, is_good = spoken_name(row.product), normals[row.subset, row.product], row.defect_type == "good"
         picture = PictureFile(image, images / row.mask if row.mask else None)
         items.append(Item([picture], said, name, known, is_good or bool(row.mask)))
         if is_good and variants:
