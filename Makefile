@@ -1,10 +1,10 @@
 # Plain `make` lists what there is. Needs make and Python 3.11, 3.12 or 3.13; everything else goes into .venv.
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help run test lab setup-git clean
+.PHONY: help run test lab gpu-rehearsal setup-git clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 run:  ## run every notebook top to bottom on the mini profile; results go to runs/course
 	@sh scripts/setup.sh notebooks
@@ -20,6 +20,10 @@ test:  ## install what the tests need, check the style, run all tests
 lab:  ## open the course in JupyterLab
 	@sh scripts/setup.sh notebooks
 	@$(PYTHON) -m jupyter lab notebooks/00_start_here.ipynb
+
+gpu-rehearsal:  ## all that the large profiles do, with stand-in weights, on a GPU; a table in runs/rehearsal
+	@sh scripts/setup.sh dev
+	@$(PYTHON) scripts/gpu_rehearsal.py
 
 setup-git:  ## let git diff and merge notebooks cell by cell (nbdime), in this clone
 	@sh scripts/setup.sh notebooks

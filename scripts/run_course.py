@@ -2,7 +2,7 @@
 
     python scripts/run_course.py                      # every numbered notebook, on mini; `make run`
     python scripts/run_course.py --write              # and put the outputs into notebooks/, ready to commit
-    python scripts/run_course.py notebooks/03_*.ipynb --profile anomalygpt-7b
+    python scripts/run_course.py notebooks/03_*.ipynb --profile anomalygpt-7b --set PART=4
 
 Executed copies and HTML pages go to runs/course/. Exit status 1 when a notebook failed; the others still run.
 """
@@ -41,13 +41,16 @@ def course() -> list[Path]:
     return [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *sorted(folder.glob("appendix/[A-Z]_*.ipynb"))]
 
 
-def run(path: Path, profile: str = "mini", timeout: float = CELL_TIMEOUT) -> Run:
-    """Execute a notebook in a fresh kernel, in its own folder, with ``PROFILE`` of its parameters set."""
+def run(path: Path, profile: str = "mini", timeout: float = CELL_TIMEOUT, **values: str) -> Run:
+    """Execute a notebook in a fresh kernel, in its own folder, with ``PROFILE`` of its parameters set.
+
+    ``values``: Python code for other parameters, whose lines it replaces.
+    """
     try:
         notebook = nbformat.read(path, as_version=4)
     except nbformat.reader.NotJSONError:
         return Run(nbformat.v4.new_notebook(), 0.0, "the file is not valid JSON (a merge conflict?)")
-    set_profile(notebook, profile)
+    set_parameters(notebook, {"PROFILE": f'"{profile}"'} | values)
     started = {"cell": None}
     client = NotebookClient(
         notebook,
@@ -73,11 +76,12 @@ def run(path: Path, profile: str = "mini", timeout: float = CELL_TIMEOUT) -> Run
     return Run(notebook, time.perf_counter() - begin, failure)
 
 
-def set_profile(notebook: nbformat.NotebookNode, profile: str) -> None:
+def set_parameters(notebook: nbformat.NotebookNode, values: dict[str, str]) -> None:
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            line = f'PROFILE = "{profile}"'
-            cell.source = re.sub(r'^PROFILE = "[^"]*"', line, cell.source, flags=re.MULTILINE)
+            for name, value in values.items():
+                line = f"{name} = {value}"
+                cell.source = re.sub(rf"^{name} = .*", lambda _, line=line: line, cell.source, flags=re.MULTILINE)
 
 
 def describe_failure(cell: nbformat.NotebookNode | None, error: str) -> str:
@@ -161,11 +165,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all numbered ones of the course")
     parser.add_argument("--profile", default="mini", help="written into each parameters cell; default mini")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other parameters, as Python code")
     parser.add_argument("--timeout", type=float, default=CELL_TIMEOUT, help="seconds for one cell")
     parser.add_argument("--write", action="store_true", help="store the normalised outputs in the notebooks")
     arguments = parser.parse_args()
-    if arguments.write and arguments.profile != "mini":
-        parser.error("--write stores outputs of the mini profile only, so that anyone can reproduce them")
+    if arguments.write and (arguments.profile != "mini" or arguments.set):
+        parser.error("--write stores outputs of the mini profile as it is, so that anyone can reproduce them")
+    values = dict(pair.split("=", 1) for pair in arguments.set)
     paths = arguments.notebooks or course()
     if not paths:
         print("No numbered notebook (notebooks/NN_*.ipynb) to run.")
@@ -175,7 +181,7 @@ def main() -> int:
     for path in paths:
         name = f"solution_{path.stem}" if path.parent.name == "solutions" else path.stem
         print(f"{name:<40}", end=" ", flush=True)
-        result = run(path.resolve(), arguments.profile, arguments.timeout)
+        result = run(path.resolve(), arguments.profile, arguments.timeout, **values)
         save_page(result.notebook, name)
         print(f"{result.seconds:6.1f} s  {'FAILED' if result.failure else 'passed'}", flush=True)
         if result.failure:

@@ -29,7 +29,7 @@ from spgdd.errors import WeightsError
 from spgdd.files import whole_file, write_json
 from spgdd.imagebind import HUGE, MODALITIES, ImageBind
 from spgdd.model import SPGDD
-from spgdd.profiles import PROFILES, Delta, Profile, weights_folder
+from spgdd.profiles import PROFILES, Profile, weights_folder
 from spgdd.selfprompt import PatchDecoder, PromptLearner
 from spgdd.tensors import STANDIN, Spec, is_standin, spec_bytes
 from spgdd.weights.catalog import Bundle, get_bundle, get_bundles, readable
@@ -63,7 +63,8 @@ def standin(names: str | Iterable[str], root: str | Path | None = None, progress
             raise WeightsError(f"{bundle.name} is there ({', '.join(real) or 'part of this repository'}); "
                                "stand-ins never replace other files. Give another root.")
     root.mkdir(parents=True, exist_ok=True)
-    need, free = sum(bundle.size for bundle in todo), shutil.disk_usage(root).free
+    need = sum(spec_bytes(spec) for bundle in todo for spec in bundle_specs(bundle).values())
+    free = shutil.disk_usage(root).free
     if need + 10**8 > free:
         raise WeightsError(f"The stand-ins need {readable(need)}; {readable(free)} are free in {root}.")
     with tqdm(total=need, unit="B", unit_scale=True, desc="stand-ins", disable=not progress) as bar:
@@ -72,21 +73,21 @@ def standin(names: str | Iterable[str], root: str | Path | None = None, progress
                 written.append(path)
                 bar.update(path.stat().st_size)
     chosen = [PROFILES[name] for name in ([names] if isinstance(names, str) else names) if name in PROFILES]
-    return written + [root / delta.file for profile in chosen for delta in profile.deltas
-                      if delta.notebook == "notebook 05" and _write_trained(profile, delta, root / delta.file)]
+    return written + [path for profile in chosen for path in write_trained(profile, root)]
 
 
-def _write_trained(profile: Profile, delta: Delta, path: Path) -> bool:
-    """What a reader trains, as it is before training; False where the file is there."""
-    if path.exists():
-        return False
+def write_trained(profile: Profile, root: Path) -> list[Path]:
+    """What a reader trains, as it is before training; returns the file written, none where it is there."""
+    delta = profile.deltas[-1] if profile.deltas else None
+    if not delta or delta.notebook != "notebook 05" or (path := root / delta.file).exists():
+        return []
     with torch.device("meta"):
         imagebind = ImageBind(HUGE)
     model = SPGDD(profile, imagebind, SimpleNamespace(hidden=LLAMA[profile.name.rpartition("-")[2]][0]), None)
     values = {name: value for name, value in model.state_dict().items() if name.startswith(delta.parts)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(values, path, {"standin": STANDIN})
-    return True
+    return [path]
 
 
 def bundle_specs(bundle: Bundle) -> dict[str, Spec]:
@@ -108,11 +109,11 @@ def bundle_specs(bundle: Bundle) -> dict[str, Spec]:
         specs = {f"llama_model.base_model.model.model.layers.{layer}.self_attn.{x}_proj.lora_{ab}.default.weight":
                  (half, (32, hidden) if ab == "A" else (hidden, 32))
                  for layer in range(layers) for x in "qkvo" for ab in "AB"}
-        return specs | {"llama_proj.weight": (half, (hidden, 1024)), "llama_proj.bias": (half, (hidden,))}
+        return specs | {"llama_proj.weight": (half, (hidden, HUGE.joint)), "llama_proj.bias": (half, (hidden,))}
     if kind == "anomalygpt":
         with torch.device("meta"):
-            parts = nn.ModuleDict({"image_decoder": PatchDecoder(1280, 1024, 4),
-                                   "prompt_learner": PromptLearner(4096, (4, 16, 64, 256, 1024))})
+            parts = nn.ModuleDict({"image_decoder": PatchDecoder(HUGE.vision.width, HUGE.joint, len(HUGE.taps)),
+                                   "prompt_learner": PromptLearner(hidden, (4, 16, 64, 256, 1024))})
         return _specs_of(parts, half)
     published = {}
     for name, spec in llama_specs(hidden, intermediate, layers, bundle.contents["vocabulary"]).items():

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from spgdd.errors import WeightsError
-from spgdd.ui import plots
+from spgdd.tensors import STANDIN
+from spgdd.ui import notebook, plots
 from spgdd.ui.notebook import check, environment, equal
 from spgdd.ui.plots import as_map, as_rgb, chart, compact, image_grid, mark_patches, overlay
 
@@ -30,6 +31,22 @@ def test_environment_says_device_precision_and_weights(capsys):
     environment("mini")
     said = capsys.readouterr().out
     assert "precision  float32" in said and "device " in said and "pretrained_ckpt" in said
+
+
+def test_what_stand_ins_say_is_not_judged(tmp_path, monkeypatch, capsys):
+    (tmp_path / "dinov2_ckpt/small").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (tmp_path / "dinov2_ckpt/small" / name).write_text(STANDIN)
+    monkeypatch.setenv("SPGDD_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(notebook, "_standins", False)
+    environment("dinov2-small")
+    check(False, "it sees the hole")
+    assert capsys.readouterr().out.endswith(
+        ": stand-ins, random values, whose maps and words mean nothing\n"
+        "- not judged, the weights are stand-ins: it sees the hole\n"
+    )
+    with pytest.raises(AssertionError, match="both are ones"):  # which does not depend on weights
+        equal(torch.ones(2), torch.zeros(2), "both are ones")
 
 
 def test_environment_names_what_is_missing_and_where_it_comes_from(tmp_path, monkeypatch):

@@ -1,0 +1,28 @@
+"""Python reads this first in every process that gpu_rehearsal.py starts: limits of the GPU, or toy networks."""
+
+import os
+
+if limit := os.environ.get("REHEARSAL_GPU_GB"):
+    import torch
+
+    def limit_memory() -> None:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(float(limit) * 1e9 / whole, 1.0))
+
+    torch.cuda._lazy_call(limit_memory)  # when the process first uses the GPU, if ever
+
+if os.environ.get("REHEARSAL_T4"):  # a GPU without bfloat16
+    import torch
+
+    torch.cuda.get_device_capability = lambda device=None: (7, 5)
+
+if os.environ.get("REHEARSAL_TOY"):
+    import spgdd.imagebind
+    import write_standins
+    from spgdd.imagebind import ImageBindConfig, TowerConfig
+
+    tiny = TowerConfig(32, 4, 2)
+    others = dict.fromkeys(("audio", "depth", "thermal", "imu"), tiny)
+    toy = ImageBindConfig(TowerConfig(64, 4, 2), tiny, joint=64, taps=(0, 1, 2, 3), others=others)
+    spgdd.imagebind.HUGE = write_standins.HUGE = toy
+    write_standins.LLAMA["7b"], write_standins.SHARD_BYTES = (256, 352, 4), 25 * 10**6

@@ -1,0 +1,31 @@
+"""The rehearsal of the large profiles, at toy size: steps of their own, limits, and a table that tells the truth."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+SCRIPT = ROOT / "scripts/gpu_rehearsal.py"
+
+
+def rehearse(folder, *options) -> tuple[int, dict[str, list[str]]]:
+    command, env = [sys.executable, SCRIPT, "--size", "toy", *options], os.environ | {"REHEARSAL_FOLDER": str(folder)}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    return done.returncode, {name: values for name, *values in rows[1:]}
+
+
+def test_a_step_that_fails_stops_no_other(tmp_path):
+    status, rows = rehearse(tmp_path, "--steps", "stand-ins", "merge", "index", "load spgdd", "ladder spgdd", "chat")
+    assert list(rows) == ["stand-ins", "merge", "load spgdd-7b", "ladder spgdd-7b", "index", "chat"]
+    assert status == 1 and rows.pop("index")[-1] == "no: 1, see index.log"  # of pictures that no step has drawn
+    assert all(passed == "yes" and float(memory) > 0.1 for _, _, memory, passed in rows.values())
+    assert "STAND-IN weights" in (tmp_path / "ladder_spgdd-7b.log").read_text()
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 7
+
+
+def test_a_spent_budget_starts_nothing(tmp_path):
+    status, rows = rehearse(tmp_path, "--steps", "world", "index", "--budget", "0")
+    assert status == 0 and [values[-1] for values in rows.values()] == ["not run: time is up"] * 2
+    assert not list(tmp_path.glob("*.log"))
