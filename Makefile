@@ -1,7 +1,7 @@
 # Plain `make` lists what there is. Needs make and Python 3.11, 3.12 or 3.13; everything else goes into .venv.
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help run test lab gpu-rehearsal setup-git clean
+.PHONY: help run test lab preflight gpu-rehearsal setup-git clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ lab:  ## open the course in JupyterLab
 gpu-rehearsal:  ## all that the large profiles do, with stand-in weights, on a GPU; a table in runs/rehearsal
 	@sh scripts/setup.sh dev
 	@$(PYTHON) scripts/gpu_rehearsal.py
+preflight:  ## is this machine ready? versions, memory, disk, one diagnosis; what is missing, and its mend
+	@sh scripts/setup.sh notebooks
+	@$(PYTHON) scripts/preflight.py
 
 setup-git:  ## let git diff and merge notebooks cell by cell (nbdime), in this clone
 	@sh scripts/setup.sh notebooks

@@ -5,11 +5,17 @@ import subprocess
 import sys
 import tomllib
 
+import nbformat
 import pytest
 import yaml
+from nbformat.v4 import new_code_cell, new_notebook
+from packaging.requirements import Requirement
 
+import check_colab
+import set_repository
 from check_notebooks import MACHINE_PATH
 from conftest import ROOT
+from run_course import course
 
 REQUIRED = """
     README.md LICENSE Makefile pyproject.toml environment.yml .gitattributes .gitignore .ci/run
@@ -81,15 +87,24 @@ def test_text_files_end_lines_the_unix_way(files):
 
 def test_readme_table_lists_the_notebooks_that_exist():
     readme = (ROOT / "README.md").read_text()
-    listed = re.findall(r"^\| \[[^]]+\]\(notebooks/(\d\d_\w+\.ipynb)\)", readme, flags=re.MULTILINE)
-    assert listed == sorted(path.name for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    listed = re.findall(r"^\| \[[^]]+\]\((notebooks/[^)]+\.ipynb)\).*\[!\[Open in Colab\]", readme, flags=re.MULTILINE)
+    assert listed == [path.relative_to(ROOT).as_posix() for path in course()]
 
 
-@pytest.mark.parametrize("name", ["README.md", "data/README.md", "pretrained_ckpt/README.md"])
-def test_links_between_files_lead_somewhere(name):
-    page = ROOT / name
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    assert not [t for t in targets if not re.match(r"[a-z]+:", t) and not (page.parent / t).exists()]
+def test_links_between_files_lead_somewhere(files):
+    dead = []
+    for page in (path for path in files if path.suffix == ".md"):
+        for target, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", page.read_text()):
+            there = page.parent / target if target else page
+            if not re.match(r"[a-z]+:", target) and not (there.exists() and (not heading or heading in anchors(there))):
+                dead.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
+    assert not dead
+
+
+def anchors(page):
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 def test_conda_and_pip_install_the_same(project):
@@ -188,3 +203,79 @@ def test_chromium_is_installed_or_its_absence_said(tmp_path, programs, expected)
     said = result.stdout + result.stderr
     assert result.returncode == 0
     assert expected in said and bool(expected) == bool(said)
+
+
+# the repository's address, which scripts/set_repository.py writes
+
+CELL = """import sys
+
+REPOSITORY = ""  # the address of this course; `python scripts/set_repository.py URL` writes it here
+if "google.colab" in sys.modules:
+    assert REPOSITORY, "Set REPOSITORY to the address of the repository that this notebook is from."
+    !git clone -q --depth 1 {REPOSITORY} SPGDD-GPT
+    %cd -q SPGDD-GPT/notebooks
+    %pip install -q -e "..[colab]"
+    sys.path[:0] = ["..", "."]"""
+
+
+@pytest.fixture()
+def clone(tmp_path, monkeypatch):
+    """A folder with a README and a notebook such as ours, without an address."""
+    notebook = new_notebook(cells=[new_code_cell(CELL)])
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "notebooks/00_start_here.ipynb")
+    badge = "[![Open in Colab](assets/colab.svg)](docs/install.md#colab)"
+    row = f"| [00](notebooks/00_start_here.ipynb) | a [link](docs/x.md) | {badge} |"
+    text = f"git clone --depth 1 ADDRESS SPGDD-GPT && cd SPGDD-GPT\n\n{row}\n"
+    (tmp_path / "README.md").write_text(text)
+    monkeypatch.setattr(set_repository, "ROOT", tmp_path)
+    return tmp_path
+
+
+def set_address(monkeypatch, address):
+    monkeypatch.setattr("sys.argv", ["set_repository.py", address])
+    return set_repository.main()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_address_is_written_into_badges_and_cells(clone, monkeypatch):
+    before = contents(clone)
+    set_address(monkeypatch, "https://github.com/ann/other.name")
+    set_address(monkeypatch, "https://github.com/bob/course.git")
+    once = contents(clone)
+    readme = (clone / "README.md").read_text()
+    assert "git clone --depth 1 https://github.com/bob/course SPGDD-GPT && cd" in readme
+    assert "(https://colab.research.google.com/github/bob/course/blob/main/notebooks/00_start_here.ipynb) |" in readme
+    assert "[link](docs/x.md)" in readme
+    source = nbformat.read(clone / "notebooks/00_start_here.ipynb", as_version=4).cells[0].source
+    assert source == CELL.replace('REPOSITORY = ""', 'REPOSITORY = "https://github.com/bob/course"')
+    set_address(monkeypatch, "https://github.com/bob/course/")
+    assert contents(clone) == once, "written twice, it is not the same"
+    set_address(monkeypatch, "")
+    assert contents(clone) == before
+
+
+NO_ADDRESSES = ("bob/course", "https://github.com/bob", 'https://github.com/bob/a"b', "git@github.com:bob/course")
+
+
+@pytest.mark.parametrize("address", NO_ADDRESSES)
+def test_what_is_no_address_is_refused(clone, monkeypatch, address):
+    before = contents(clone)
+    with pytest.raises(SystemExit, match="is not an address"):
+        set_address(monkeypatch, address)
+    assert contents(clone) == before
+
+
+def test_colab_brings_what_the_notebooks_need():
+    """Only what Colab lacks may be missing; scripts/check_colab.py lets pip resolve it."""
+    brings, lacking = check_colab.runtime(), set()
+    for requirement in map(Requirement, check_colab.requirements()):
+        version = brings.get(check_colab.canonical(requirement.name))
+        if version is None:
+            lacking.add(requirement.name)
+        else:
+            assert requirement.specifier.contains(version), f"{requirement}: Colab has {version}"
+    assert lacking == check_colab.LACKING
