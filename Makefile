@@ -1,7 +1,7 @@
 # Plain `make` lists what there is. Needs make and Python 3.11, 3.12 or 3.13; everything else goes into .venv.
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help run test lab preflight gpu-rehearsal setup-git clean
+.PHONY: help run test lab preflight site slides gpu-rehearsal setup-git clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -24,9 +24,22 @@ lab:  ## open the course in JupyterLab
 gpu-rehearsal:  ## all that the large profiles do, with stand-in weights, on a GPU; a table in runs/rehearsal
 	@sh scripts/setup.sh dev
 	@$(PYTHON) scripts/gpu_rehearsal.py
+
 preflight:  ## is this machine ready? versions, memory, disk, one diagnosis; what is missing, and its mend
 	@sh scripts/setup.sh notebooks
 	@$(PYTHON) scripts/preflight.py
+
+site:  ## the executed course, its pages and the module as a website in build/site, every link checked
+	@sh scripts/setup.sh site
+	@$(PYTHON) -m sphinx -q -W --keep-going -c docs/site -d build/doctrees . build/site
+	@cp build/site/README.html build/site/index.html
+	@$(PYTHON) scripts/check_links.py build/site
+	@echo "Open build/site/index.html in a browser."
+
+slides:  ## a deck of the course's figures in build/slides
+	@sh scripts/setup.sh site
+	@$(PYTHON) scripts/make_slides.py
+	@$(PYTHON) scripts/check_links.py build/slides
 
 setup-git:  ## let git diff and merge notebooks cell by cell (nbdime), in this clone
 	@sh scripts/setup.sh notebooks

@@ -1,5 +1,5 @@
 #!/bin/sh
-# sh scripts/setup.sh notebooks|dev
+# sh scripts/setup.sh notebooks|dev|site
 #
 # Makes .venv and installs spgdd with that set of extras from pyproject.toml (minutes the first time, under a
 # second when nothing changed). Called by the Makefile; needs Python 3.11, 3.12 or 3.13.
@@ -29,10 +29,11 @@ if ! supported "$python"; then
     "$found" -m venv --clear .venv
 fi
 
-# Installed already? Only if neither the requirements nor the place of this folder changed since (dev has it all).
+# Installed already? Only if neither the requirements nor the place of this folder changed since (dev and site have notebooks).
 key="$(cksum <pyproject.toml) $PWD"
 installed() { [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$key" ]; }
-if ! installed "$extras" && ! installed dev; then
+if [ "$extras" = notebooks ] && { installed dev || installed site; }; then exit 0; fi
+if ! installed "$extras"; then
     say "Installing spgdd with its $extras requirements into .venv (minutes, the first time)"
     if ! "$python" -m pip install --disable-pip-version-check --editable ".[$extras]"; then
         say "The installation stopped; pip's own words are above. Without a network, or behind a proxy," \

@@ -19,7 +19,8 @@ from run_course import course
 
 REQUIRED = """
     README.md LICENSE Makefile pyproject.toml environment.yml .gitattributes .gitignore .ci/run
-    .github/ISSUE_TEMPLATE/bug.yml data/README.md pretrained_ckpt/README.md scripts/run_course.py
+    .github/ISSUE_TEMPLATE/bug.yml .github/workflows/tests.yml .github/workflows/site.yml
+    data/README.md pretrained_ckpt/README.md scripts/run_course.py
     spgdd/__init__.py spgdd/imagebind/clip_merges.txt.gz
 """.split()
 
@@ -146,7 +147,7 @@ for module in pkgutil.walk_packages(spgdd.__path__, "spgdd."):
 
 def test_make_alone_lists_every_target():
     shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("run", "test", "lab", "setup-git", "clean", "help"):
+    for target in ("run", "test", "lab", "preflight", "site", "slides", "setup-git", "clean", "help"):
         assert re.search(rf"^make {target} +\S", shown, flags=re.MULTILINE), f"{target} missing in\n{shown}"
 
 
