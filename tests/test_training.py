@@ -322,7 +322,8 @@ def test_epochs_of_different_lengths_are_told_before_a_step_of_them_and_do_not_e
     length = len(Uneven().order(0, options.seed, options.batch))
     with pytest.raises(DataError, match=f"Epoch 1 has {length - 1} batches, the first {length}: they must be as many"):
         train(tiny_model(), Uneven(), options, tmp_path)
-    assert checkpoint.load(checkpoint.every(tmp_path / "checkpoints")[-1])[1]["step"] == length
+    reached = checkpoint.load(checkpoint.every(tmp_path / "checkpoints")[-1])[1]["step"]
+    assert reached == length - 1  # a step is read while the one before it is computed
 
 
 # Ranks

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -127,26 +127,31 @@ def read(
     """This rank's micro-batches with their ``count``, a list for every step after ``done``; the next is being read."""
     share = settings.batch // worker.ranks
     micro = min(settings.micro_batch or share, share)
-    for epoch in itertools.count(done // length):
-        first, last = max(done - epoch * length, 0), min(total - epoch * length, length)
-        if last <= 0:
-            return
-        plan, order = [], data.order(epoch, settings.seed, settings.batch)
-        if len(order) != length:  # steps and epochs would not be what they are counted as
-            raise DataError(f"Epoch {epoch} has {len(order)} batches, the first {length}: they must be as many.")
-        for rows in order[first:last]:
-            if len(rows) % worker.ranks:
-                raise DataError(f"{len(rows)} examples, fewer than a batch, cannot be shared by {worker.ranks} ranks.")
-            own = rows[worker.rank :: worker.ranks]
-            plan.append([own[i : i + micro] for i in range(0, len(own), micro)])
-        stream = data.batches(itertools.chain.from_iterable(plan), epoch)
 
-        def step(parts: list, stream=stream) -> list[tuple]:
-            return [(batch, count(model, batch, settings)) for batch in (next(stream) for _ in parts)]
+    def step(stream: Iterator, parts: int) -> list[tuple]:
+        return [(batch, count(model, batch, settings)) for batch in itertools.islice(stream, parts)]
 
-        with ThreadPoolExecutor(1) as pool:
-            for waiting in prefetched(pool.submit(step, parts) for parts in plan):
-                yield waiting.result()
+    def begun(pool: ThreadPoolExecutor) -> Iterator[Future]:  # the first step of an epoch during the last of another
+        for epoch in itertools.count(done // length):
+            first, last = max(done - epoch * length, 0), min(total - epoch * length, length)
+            if last <= 0:
+                return
+            plan, order = [], data.order(epoch, settings.seed, settings.batch)
+            if len(order) != length:  # steps and epochs would not be what they are counted as
+                raise DataError(f"Epoch {epoch} has {len(order)} batches, the first {length}: they must be as many.")
+            for rows in order[first:last]:
+                if len(rows) % worker.ranks:
+                    raise DataError(f"{len(rows)} examples, fewer than a batch, cannot be shared by "
+                                    f"{worker.ranks} ranks.")  # fmt: skip
+                own = rows[worker.rank :: worker.ranks]
+                plan.append([own[i : i + micro] for i in range(0, len(own), micro)])
+            stream = data.batches(itertools.chain.from_iterable(plan), epoch)
+            for parts in plan:
+                yield pool.submit(step, stream, len(parts))
+
+    with ThreadPoolExecutor(1) as pool:
+        for waiting in prefetched(begun(pool)):
+            yield waiting.result()
 
 
 def count(model: SPGDD, batch, settings: TrainingSettings) -> tuple[int, int, int]:
