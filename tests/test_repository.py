@@ -280,3 +280,22 @@ def test_colab_brings_what_the_notebooks_need():
         else:
             assert requirement.specifier.contains(version), f"{requirement}: Colab has {version}"
     assert lacking == check_colab.LACKING
+
+
+def preflight(*options):
+    command = [sys.executable, *options, ROOT / "scripts" / "preflight.py"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_preflight_names_what_is_missing_and_its_mend():
+    """Python without its packages: no traceback, but what to install."""
+    result = preflight("-I", "-S")
+    assert result.returncode == 1 and not result.stderr
+    assert re.search(r"NO +packages: no torch, .*\n +mend: .* -m pip install -e", result.stdout)
+    assert "Not ready" in result.stdout
+
+
+def test_preflight_diagnoses_a_part():
+    said = preflight().stdout
+    assert re.search(r"ok +packages: all \d+ are there", said), said
+    assert re.search(r"ok +diagnosis: a chipped ring is defective\. Yes", said), said
