@@ -79,28 +79,35 @@ def read_json(path: str | os.PathLike, mend: str = "", error: type[SpgddError] =
     return content
 
 
+def require_room(folder: str | os.PathLike, needed: float = 0, mend: str = "Choose another folder.") -> None:
+    """Make a folder. Raises SpgddError, with `mend` at its end, where it cannot be, or lacks room for so many bytes."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise SpgddError(f"{folder} cannot be made ({error.strerror}). {mend}") from error
+    if needed > free:
+        raise SpgddError(f"{needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free. {mend}")
+    if needed and not os.access(folder, os.W_OK):
+        raise SpgddError(f"{folder} cannot be written to. {mend}")
+
+
 @contextmanager
-def claimed(folder: str | os.PathLike, needed: int = 0) -> Iterator[None]:
+def claimed(folder: str | os.PathLike, needed: int = 1) -> Iterator[None]:
     """The folder for this process alone while it lives, with room for so many bytes.
 
     Raises SpgddError that names the process which has it, or says what is wrong with the folder.
     """
     from filelock import FileLock, Timeout
 
-    folder = Path(folder)
-    owner = folder / ".owner"
+    require_room(folder, needed)
+    owner = Path(folder) / ".owner"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-        free = shutil.disk_usage(folder).free
+        lock = FileLock(owner.with_name(".lock")).acquire(timeout=0)
     except Timeout:
         holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
         raise SpgddError(f"{folder} is in use by {holder}. Wait for its end, or choose another folder.") from None
-    except OSError as error:
-        raise SpgddError(f"{folder} cannot be written to ({error.strerror}). Choose another folder.") from error
     with lock:
-        if free < needed:
-            raise SpgddError(f"{needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free.")
         write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
         yield
         owner.unlink(missing_ok=True)

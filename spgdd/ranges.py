@@ -1,6 +1,7 @@
 """What numbers and names may be; asked before any work by the command line and by the functions that take them."""
 
 import re
+from numbers import Integral
 
 from spgdd.errors import SpgddError
 
@@ -24,8 +25,8 @@ def check_ranges(**values) -> None:
                 low, high = RANGES[name]
                 if isinstance(high, float) and not low < value < high:
                     raise SpgddError(f"{name} must lie between {low:g} and {high:g}, received {value}.")
-                if not low <= value <= high:
-                    raise SpgddError(f"{name} must be from {low} to {high}, received {value}.")
+                if isinstance(high, int) and not (isinstance(value, Integral) and low <= value <= high):
+                    raise SpgddError(f"{name} must be a whole number from {low} to {high}, received {value!r}.")
             elif name in NAMES and isinstance(value, str):
                 pattern, kind = NAMES[name]
                 if not re.fullmatch(pattern, value, re.DOTALL):

@@ -14,9 +14,10 @@ from spgdd.calibration import AREA, Calibration, altered_copies
 from spgdd.errors import ImageError, SpgddError, WeightsError
 from spgdd.images import image_name, levels_of, list_images, read_image
 from spgdd.model import SPGDD, Seen
+from spgdd.ranges import check_ranges
 from spgdd.selfprompt import MemoryBank
 from spgdd.tensors import read_sealed, write_tensors
-from spgdd.views import Views, check_tiles
+from spgdd.views import Views
 from spgdd.whole import Whole
 
 FORMAT = "spgdd-memory-4"
@@ -76,7 +77,7 @@ def read_reference(path: str | Path) -> Reference:
         texts = [*names, *digests, *(about[name] for name in ("product", "profile", "vision", "trained"))]
         if not all(isinstance(text, str) for text in texts) or len(names) != bank.normals:
             raise ValueError(f"{len(names)} names of {bank.normals} pictures")
-        check_tiles(about["tiles"])
+        check_ranges(tiles=about["tiles"] or 0)
         levels = about.pop("levels")
         if levels is not None and not (len(levels) == 2 and -1e38 < levels[0] <= levels[1] < 1e38):
             raise ValueError(f"levels {levels!r}")

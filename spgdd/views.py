@@ -13,7 +13,7 @@ from torch import Tensor
 from spgdd.errors import SpgddError
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.places import place_of
-from spgdd.ranges import RANGES
+from spgdd.ranges import check_ranges
 from spgdd.selfprompt.evidence import Evidence
 
 SIZE, PATCH = 224, 14  # pixels of a side of ImageBind's square, and of a patch
@@ -59,7 +59,8 @@ class Views:
     @classmethod
     def of(cls, picture: Image.Image, profile, tiles: int | None = None) -> "Views":
         """As a profile (see ``spgdd.profiles``) sees a picture; ``tiles`` None: as many as the profile has."""
-        tiles = profile.tiles if tiles is None else check_tiles(tiles)
+        check_ranges(tiles=tiles)
+        tiles = profile.tiles if tiles is None else tiles
         joint = 1 < tiles <= profile.joint
         return cls(*picture.size, profile.fit, tiles, joint, profile.size, profile.patch)
 
@@ -196,14 +197,6 @@ class Views:
         """Cell of the 3 x 3 grid with the box's centre; a centre on a cut belongs to the left or upper cell."""
         x0, y0, x1, y1 = box
         return place_of((x0 + x1) / (2 * self.width), (y0 + y1) / (2 * self.height))
-
-
-def check_tiles(tiles: int) -> int:
-    """The number of tiles a side, which a file may hold too. Raises SpgddError unless it is one of ``RANGES``."""
-    low, high = RANGES["tiles"]
-    if type(tiles) is not int or not low <= tiles <= high:
-        raise SpgddError(f"tiles must be a whole number from {low} to {high}, received {tiles!r}.")
-    return tiles
 
 
 def stitch(tiles: Tensor, count: int, overlap: int) -> Tensor:

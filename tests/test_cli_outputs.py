@@ -66,7 +66,7 @@ def test_ranges_hold_for_functions_too():
     for options in ({"tiles": 17}, {"tiles": 0}, {"max_new_tokens": 0}, {"false_alarm_rate": 0.5}, {"product": " "}):
         with pytest.raises(SpgddError, match=next(iter(options))):
             diagnoser.diagnose(part(), **options)
-    with pytest.raises(SpgddError, match="budget must be from 1 to"):
+    with pytest.raises(SpgddError, match="budget must be a whole number from 1 to"):
         diagnoser.reference([part()], budget=0)
     check_ranges(tiles=None, shots=(0, 1000), false_alarm_rate=1e-6, device=torch.device("cpu"), unknown=-5)
     with pytest.raises(SpgddError, match="there is no cuda:99 here"):

@@ -337,7 +337,7 @@ def test_download_is_verified_and_unpacked(tmp_path, monkeypatch):
             download("toy", tmp_path / "TADD")
         assert not (tmp_path / "TADD" / "other" / "toy.zip").exists()
         monkeypatch.setitem(DATASETS, "toy", entry | {"files": [file | {"bytes": 10**18}]})
-        with pytest.raises(DataError, match="GB are free"):
+        with pytest.raises(SpgddError, match="GB are free"):
             download("toy", tmp_path / "TADD")
     finally:
         server.shutdown()

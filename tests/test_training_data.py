@@ -22,7 +22,7 @@ from conftest import ROOT, check
 from spgdd.data.describe import describe
 from spgdd.data.index import Index, index_folder
 from spgdd.data.masks import read_mask
-from spgdd.errors import DataError, ImageError
+from spgdd.errors import DataError, ImageError, SpgddError
 from spgdd.files import write_json
 from spgdd.imagebind.preprocess import preprocess
 from spgdd.images import read_image
@@ -436,7 +436,7 @@ def test_a_cache_that_cannot_be_is_explained(data, folder, model, tmp_path, monk
     seen, tensors = data.cache.read(picture), load_file(path)
     assert all(torch.equal(getattr(seen, name), value) for name, value in tensors.items()) and len(tensors) == 3
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    with pytest.raises(DataError, match=r"features of 24 pictures take 0.0 GB.*or train without a cache"):
+    with pytest.raises(SpgddError, match=r"0.0 GB are needed in .*, 0.0 GB are free.*or train without a cache"):
         unfilled.fill()
 
 

@@ -56,7 +56,7 @@ def train(
                                          "(default: PandaGPT's of the profile)"),
     save_path: Path = Option(None, "--save_path", help="folder of delta and checkpoints (default: where the profile "
                              "looks for a delta of yours, else runs/train/PROFILE)"),
-    log_path: Path = Option(None, "--log_path", help="train.jsonl and TensorBoard (default: --save_path)"),
+    log_path: Path = Option(None, "--log_path", help="folder of train.jsonl (default: --save_path)"),
     resume: bool = Option(False, "--resume", help="go on from the last checkpoint, if there is one"),
     engine: Literal["torch", "deepspeed"] = Option(None, help="default: deepspeed if --deepspeed is given, else torch"),
     deepspeed: Path = Option(None, help="DeepSpeed's settings, a .json file (default: the preset's)"),
@@ -105,6 +105,9 @@ def train(
     for each in filter(None, (data, held_out)):
         each.fill(rank, ranks)
     loop.train(model, data, settings, folder, held_out=held_out, engine=engine, resume=resume, log_folder=log_path)
+    if torch.distributed.is_initialized():  # together: who leaves first takes the others' connection along
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if rank == 0:
         print(f"{folder / 'delta.safetensors'}: trained.")
 

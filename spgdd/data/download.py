@@ -35,7 +35,7 @@ def about(name: str, root: str | Path = "data/TADD") -> str:
 def download(name: str, root: str | Path = "data/TADD") -> Path:
     """Fetch, verify and unpack a data set; returns its folder.
 
-    Raises DataError with the steps if it has no link, and if the disk is too small for archive and content.
+    Raises DataError with the steps if it has no link, SpgddError if the disk is too small for archive and content.
     """
     from spgdd.weights.catalog import File
     from spgdd.weights.download import fetch
@@ -44,11 +44,7 @@ def download(name: str, root: str | Path = "data/TADD") -> Path:
     if "files" not in entry:
         raise DataError(f"{name} cannot be downloaded from here.", *about(name, root).splitlines())
     folder = Path(os.path.normpath(Path(root) / entry["folder"]))
-    folder.mkdir(parents=True, exist_ok=True)
-    need, free = 2 * _size(entry), shutil.disk_usage(folder).free
-    if need > free:
-        raise DataError(f"{name} needs about {need / 1e9:.1f} GB in {folder}; {free / 1e9:.1f} GB are free.")
-    with claimed(folder):
+    with claimed(folder, 2 * _size(entry) + 1):
         for file in entry["files"]:
             options = {key: value for key, value in file.items() if key not in ("name", "sources")}
             fetch(File(file["name"], tuple(file["sources"]), **options), folder)

@@ -12,7 +12,6 @@ a run that is killed leaves all that it has finished, and any number of runs and
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from tqdm import tqdm
 
 from spgdd.data.masks import mask_files, read_mask
 from spgdd.data.synthesis import DEFAULT, SynthesisSettings, synthesise
-from spgdd.errors import DataError, SpgddError
+from spgdd.errors import DataError
+from spgdd.files import require_room
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.images import read_image
 from spgdd.model import SPGDD
@@ -119,19 +119,20 @@ class FeatureCache:
         """Encode what is not there yet.
 
         Every rank may call it, on one host or many: each begins at its share, goes on with whatever is missing then,
-        and returns when all is there. Raises DataError where the disk has no room.
+        and returns when all is there. Raises SpgddError where the disk has no room.
         """
         pictures = list(dict.fromkeys(pictures))
         with ThreadPoolExecutor() as pool:
             of = dict(zip(pool.map(self.path, pictures), pictures, strict=True))
-            missing = self._missing(list(of))
+            there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+            missing = [path for path in of if path.name not in there]
+            mend = "Choose another folder or fewer variants, or train without a cache."
+            require_room(self.folder, len(missing) * self.bytes_each, mend)
             start = len(missing) * rank // ranks
             missing = missing[start:] + missing[:start]
             parts = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]
-            decoding = (
-                [(path, pool.submit(decode, of[path], self.fit)) for path in part if not path.exists()]
-                for part in parts
-            )
+            decoding = ([(path, pool.submit(decode, of[path], self.fit)) for path in part if not path.exists()]
+                        for part in parts)  # fmt: skip
             writing = []
             with tqdm(total=len(missing), desc="features", unit="picture", disable=rank > 0 or not missing) as bar:
                 for part, decoded in zip(parts, prefetched(decoding), strict=True):
@@ -144,32 +145,12 @@ class FeatureCache:
                     bar.update(len(part))
             results(writing)
 
-    def _missing(self, paths: Sequence[Path]) -> list[Path]:
-        """The files that are not there, if they can be written."""
-        mend = "Choose another folder or fewer variants, or train without a cache."
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{self.folder} cannot be made ({error.strerror}). {mend}") from error
-        there = {entry.name for entry in os.scandir(self.folder)}
-        missing = [path for path in paths if path.name not in there]
-        if missing and not os.access(self.folder, os.W_OK):
-            raise DataError(f"{self.folder} lacks {len(missing)} pictures and cannot be written to. {mend}")
-        needed, free = len(missing) * self.bytes_each, shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise DataError(f"The features of {len(missing)} pictures take {needed / 1e9:.1f} GB, {self.folder} has "
-                            f"{free / 1e9:.1f} GB free. {mend}")  # fmt: skip
-        return missing
-
     def _write(self, path: Path, picture: PictureFile, contents: Contents, features: tuple[Tensor, Tensor]) -> None:
         embedding, patches = (tensor.cpu() for tensor in features)
         if not (embedding.isfinite().all() and patches.isfinite().all()):
             raise DataError(f"What the vision tower makes of {picture.image} is not finite. Is the tower damaged?")
         tensors = {"mask": contents.mask, "embedding": embedding, "patches": patches}
-        try:
-            write_tensors(path, tensors, {"defects": json.dumps(contents.defects)})
-        except SpgddError as error:
-            raise DataError(f"{error} What is encoded is kept: start again when there is room.") from error
+        write_tensors(path, tensors, {"defects": json.dumps(contents.defects)})
 
     def read(self, picture: PictureFile) -> Contents:
         """What ``fill`` has written of the picture. Raises DataError for a file that is not there or damaged."""

@@ -2,20 +2,17 @@
 
     checkpoints/step-00000200/delta.safetensors    the weights; spgdd.load takes it as it is
                               exp_avg.safetensors, exp_avg_sq.safetensors
-                              position.json
 
-Each with a checksum. Nothing in them depends on how many processes there were, or on DeepSpeed. Randomness has no
-state: it follows from seed and step.
+Each has a checksum, and the position among its metadata. Nothing in them depends on how many processes there were, or
+on DeepSpeed. Randomness has no state: it follows from seed and step.
 """
 
 import json
 import shutil
-from hashlib import sha256
 from pathlib import Path
 
 from spgdd.errors import SpgddError
-from spgdd.files import read_json, write_json
-from spgdd.tensors import read_tensors, write_tensors
+from spgdd.tensors import read_sealed, write_tensors
 from spgdd.training.worker import MOMENTS, State
 
 FILES = {"value": "delta.safetensors"} | {kind: f"{kind}.safetensors" for kind in MOMENTS}
@@ -29,8 +26,7 @@ def save(folder: Path, state: State, position: dict, metadata: dict[str, str], k
         partial = final.with_suffix(".part")
         try:
             for kind, name in FILES.items():
-                write_tensors(partial / name, state[kind], metadata)
-            write_json(partial / "position.json", position | {"checksum": checksum(position)})
+                write_tensors(partial / name, state[kind], metadata | {"position": json.dumps(position)})
         except SpgddError as error:
             remove_unfinished(folder)
             kept = [path.name for path in every(folder)]
@@ -54,12 +50,10 @@ def every(folder: Path) -> list[Path]:
 
 def load(path: Path) -> tuple[State, dict]:
     """State and position. Raises SpgddError for a damaged file."""
-    mend = f"Delete {path}: --resume (resume=True) goes on from the checkpoint before."
-    position = read_json(path / "position.json", mend)
-    if position.pop("checksum", None) != checksum(position):
-        raise SpgddError(f"{path / 'position.json'} is damaged (its checksum is another). {mend}")
-    return {kind: read_tensors(path / name, intact=True, mend=mend) for kind, name in FILES.items()}, position
-
-
-def checksum(position: dict) -> str:
-    return sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
+    try:
+        files = {kind: read_sealed(path / name) for kind, name in FILES.items()}
+        position = json.loads(files["value"][1]["position"])
+    except (OSError, KeyError, ValueError) as error:
+        raise SpgddError(f"{path} is damaged ({error}). Delete it: --resume (resume=True) goes on from the checkpoint "
+                         "before.") from error  # fmt: skip
+    return {kind: tensors for kind, (tensors, _) in files.items()}, position

@@ -109,7 +109,8 @@ class TrainingData:
         if not self.items:
             raise DataError("There is nothing to train on: give a text file with records, or a chat file.")
         # Of all that examples follow from, but for the pictures' bytes and for where their folder lies.
-        digest = hashlib.sha256(repr((rows, turns, chat_turns, variants, self.shots, seed)).encode())
+        known = [(row.image, row.mask, row.product, row.split, row.defect_type) for row in rows]
+        digest = hashlib.sha256(repr((known, turns, chat_turns, variants, self.shots, seed)).encode())
         for file in filter(None, (text, chat)):
             digest.update(Path(file).read_bytes())
         self.digest = digest.hexdigest()

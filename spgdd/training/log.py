@@ -1,4 +1,4 @@
-"""What a run reports: lines of JSON, TensorBoard, a bar in the shell, a curve in a notebook.
+"""What a run reports: lines of JSON, a bar in the shell, a curve in a notebook.
 
 A step leaves its figures on the device; they are fetched, summed over the ranks and checked once per line of the log,
 so that a GPU never waits for them.
@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,15 +25,15 @@ class TrainingError(SpgddError):
 
 
 class Log:
-    """``folder``/train.jsonl and whatever else can show it. ``done``: steps that the run has behind it."""
+    """``folder``/train.jsonl, and a view of it. ``done``: steps that the run has behind it."""
 
     def __init__(self, folder: Path, worker, total: int, batch: int, done: int):
-        self.worker, self.batch, self.path, self.waiting, self.views = worker, batch, folder / "train.jsonl", [], []
+        self.worker, self.batch, self.path, self.waiting, self.view = worker, batch, folder / "train.jsonl", [], None
         before = read(self.path) if worker.rank == 0 else []
         self.lines = worker.gather([line for line in before if line["step"] <= done])[0]  # later ones come again
         if worker.rank == 0:
             write_text(self.path, "".join(map(as_text, self.lines)))
-            self.views = [(Curve if in_notebook() else Bar)(total, self.lines), *boards(folder, done)]
+            self.view = (Curve if in_notebook() else Bar)(total, self.lines)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -84,18 +85,17 @@ class Log:
     def put(self, line: dict) -> None:
         """One line more."""
         self.lines.append(line)
-        if self.worker.rank == 0:
+        if self.view:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(as_text(line))
             except OSError as error:
                 raise SpgddError(f"{self.path}: cannot be written ({error.strerror}). Checkpoints are kept.") from error
-        for view in self.views:
-            view.show(line)
+            self.view.show(line)
 
     def close(self) -> None:
-        for view in self.views:
-            view.close()
+        if self.view:
+            self.view.close()
 
 
 def as_text(line: dict) -> str:
@@ -105,12 +105,9 @@ def as_text(line: dict) -> str:
 def read(path: Path) -> list[dict]:
     """The lines of a log; one that a killed run left unfinished is not there."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-            lines += [line] if type(line["step"]) is int else []
-        except (ValueError, TypeError, KeyError):
-            break
+    with suppress(ValueError):
+        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            lines.append(json.loads(text))
     return lines
 
 
@@ -120,23 +117,6 @@ def in_notebook() -> bool:
     except ImportError:
         return False
     return type(get_ipython()).__name__ == "ZMQInteractiveShell"
-
-
-def boards(folder: Path, done: int) -> list:
-    """A TensorBoard, which comes with spgdd[train]."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return []
-
-    class Board(SummaryWriter):
-        def show(self, line: dict) -> None:
-            values = {f"held out/{name}": value for name, value in line.get("held_out", {}).items()} or line
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.add_scalar(name, value, line["step"])
-
-    return [Board(str(folder), purge_step=done + 1)]
 
 
 class Bar:

@@ -128,23 +128,21 @@ def _deepspeed_errors(where: str | Path, section) -> list[str]:
         from pydantic import ValidationError
     except ImportError:
         return errors
-    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    errors += _unknown(where, zero, known, "zero_optimization.")
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if key in known})
+        DeepSpeedZeroConfig(**{str(key): value for key, value in zero.items()})
     except ValidationError as wrong:
         errors += [f"{where}: {'.'.join(map(str, ('zero_optimization', *e['loc'])))}: {e['msg']}."
                    for e in wrong.errors()]  # fmt: skip
     return errors
 
 
-def _unknown(where: str | Path, keys: Iterable, known: Iterable[str], prefix: str = "") -> list[str]:
+def _unknown(where: str | Path, keys: Iterable, known: Iterable[str]) -> list[str]:
     found = []
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}."
-            found.append(f"{where}: there is no {prefix}{key}; {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}."
+            found.append(f"{where}: there is no {key}; {hint}")
     return found
 
 

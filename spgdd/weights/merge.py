@@ -1,6 +1,5 @@
 """Vicuna v0 from LLaMA and its delta, tensor by tensor."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,9 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spgdd.errors import SpgddError, WeightsError
-from spgdd.files import claimed, read_json, whole_file, write_json
+from spgdd.files import claimed, read_json, require_room, whole_file, write_json
 from spgdd.tensors import STANDIN, Spec, digest_of, is_standin, spec_bytes, write_tensors
-from spgdd.weights.catalog import readable
 from spgdd.weights.llama import INDEXES, Shards, recognise
 
 TOKENIZER = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -49,9 +47,7 @@ def _merge(base: Shards, delta: Shards, out: Path, specs: dict[str, Spec], token
         unfinished.unlink()
     todo = {file: names for file, names in split.filename_to_tensors.items() if file not in report["files"]}
     need = sum(spec_bytes(specs[name]) for names in todo.values() for name in names)
-    free = shutil.disk_usage(out).free
-    if need + 10**8 > free:
-        raise WeightsError(f"Merging needs {readable(need)} in {out}; {readable(free)} are free.")
+    require_room(out, need + 10**8)
     mark = {"standin": STANDIN} if is_standin(base.folder) or is_standin(delta.folder) else {}
     with tqdm(total=need, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
         for file, names in todo.items():
