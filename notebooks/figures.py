@@ -293,3 +293,92 @@ def auroc(d):
     d.text(330, 34, "bad", 13, fill=ORANGE, bold=True)
     d.text(204, 92, "score →")
     d.text(210, 120, "in 10 of 12 pairs the bad one is higher: 83 %", 13, bold=True)
+
+
+@figure(150)
+def whole_file(d):
+    """Bytes arrive in FILE.part, which a broken line leaves as it is for the next try. Its hash is compared: if it is
+    the published one the file gets its name, else it is thrown away and the next mirror is asked."""
+    d.labelled(8, 30, 78, 46, "mirrors", "one by one")
+    d.line((88, 53), (116, 53))
+    d.labelled(120, 30, 92, 46, "FILE.part", "grows", BLUE)
+    d.line((150, 78), (150, 98), (182, 98), (182, 78))
+    d.text(166, 114, "line breaks: go on")
+    d.line((214, 53), (242, 53))
+    d.labelled(246, 30, 66, 46, "hash", "right?", YELLOW)
+    d.line((314, 53), (342, 53))
+    d.text(329, 26, "yes", bold=True)
+    d.labelled(346, 30, 66, 46, "FILE", "whole", GREEN)
+    d.line((279, 78), (279, 132), (47, 132), (47, 80), dash=True)
+    d.text(288, 112, "no: throw away,", at="start", bold=True)
+    d.text(288, 128, "ask the next", at="start", bold=True)
+
+
+@figure(196)
+def folder(d):
+    """A folder in MVTec's layout: for each product train/good with good pictures, test with a folder of good ones and
+    one for each type of defect, and ground_truth with a mask for each defective picture."""
+    rows = (
+        (10, "bottle/", "a product", INK),
+        (34, "train/good/000.png ...", "remembered, or trained on: all that is needed to begin", BLUE),
+        (34, "test/good/000.png ...", "in doubt, and good", BLUE),
+        (34, "test/crack/000.png ...", "in doubt, and defective", ORANGE),
+        (34, "ground_truth/crack/000_mask.png ...", "where: white on black", INK),
+    )
+    for number, (x, path, says, colour) in enumerate(rows):
+        y = 14 + 36 * number
+        d.box(x, y, 20, 18, colour, corner=3)
+        d.text(x + 28, y + 13, path, 12.5, "start", bold=True)
+        d.text(x + 28, y + 28, says, 11.5, "start")
+
+
+@figure(150)
+def cut_and_paste(d):
+    """A piece of one good picture is resized and blended into another. Where the result visibly differs from the
+    picture before is the label."""
+    d.box(8, 30, 84, 84, GREEN)
+    d.box(22, 46, 40, 30, YELLOW, INK, 0)
+    d.text(50, 20, "a good picture")
+    d.line((94, 72), (128, 72))
+    d.text(111, 64, "cut,", 11.5)
+    d.text(111, 90, "resize", 11.5)
+    d.box(132, 30, 84, 84, BLUE)
+    d.box(166, 62, 34, 26, YELLOW, INK, 0)
+    d.text(174, 20, "another one")
+    d.line((218, 72), (242, 72))
+    d.text(230, 132, "blend", 11.5)
+    d.box(246, 30, 74, 84, BLUE)
+    d.box(276, 62, 32, 26, GREEN, corner=8)
+    d.text(283, 20, "defective")
+    d.line((322, 72), (338, 72))
+    d.box(342, 30, 72, 84, INK)
+    d.box(372, 62, 30, 24, WHITE, corner=8)
+    d.text(378, 20, "label")
+    d.text(378, 132, "what changed", 11.5)
+
+
+@figure(176)
+def photograph(d):
+    """The product's seed gives a surface with colour and height; with the photo's seed it is placed, lit and
+    photographed. With a defect the same is done again, and where both pictures visibly differ is the mask."""
+    d.labelled(8, 20, 88, 44, "product", "seed", BLUE)
+    d.labelled(8, 104, 88, 44, "photo", "seed", BLUE)
+    d.line((98, 42), (122, 42))
+    d.labelled(126, 20, 92, 44, "surface", "colour, height")
+    d.line((98, 126), (122, 126))
+    d.labelled(126, 104, 92, 44, "defect", "shape, effects", ORANGE)
+    d.line((172, 102), (172, 66))
+    d.line((98, 108), (248, 76), dash=True)
+    d.line((220, 42), (246, 42))
+    d.labelled(250, 20, 74, 64, "camera", "pose, light", GREEN)
+    d.line((326, 36), (350, 36))
+    d.line((326, 66), (350, 66))
+    d.box(354, 16, 58, 34, PALE, LINE)
+    d.text(383, 38, "without", 11.5)
+    d.box(354, 56, 58, 34, PALE, LINE)
+    d.text(383, 78, "with", 11.5)
+    d.line((383, 92), (383, 108))
+    d.text(374, 106, "differ?", 11.5, "end")
+    d.box(354, 112, 58, 40, INK)
+    d.dot(392, 128, 7, WHITE)
+    d.text(383, 168, "mask", 12, bold=True)

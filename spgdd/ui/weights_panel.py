@@ -14,7 +14,7 @@ COLOURS = {"verified": "#1a7f37", "accepted": "#1a7f37", "unchecked": "#9a6700",
 
 def status_table(rows: Iterable[FileStatus]) -> str:
     """HTML table of file states, as `status`, `verify` and `download` return them."""
-    left = "<td style='text-align:left'>"
+    left = "<td style='text-align:left; overflow-wrap:anywhere'>"
     cells = "".join(
         f"<tr><td style='color:{COLOURS[row.state]}'><b>{row.state}</b></td>{left}{escape(row.path)}</td>"
         f"<td>{readable(row.size)}</td>{left}{escape(row.detail)}</td></tr>"
