@@ -80,8 +80,8 @@ def set_parameters(notebook: nbformat.NotebookNode, values: dict[str, str]) -> N
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             for name, value in values.items():
-                line = f"{name} = {value}"
-                cell.source = re.sub(rf"^{name} = .*", lambda _, line=line: line, cell.source, flags=re.MULTILINE)
+                pattern = re.compile(rf"^{name} = .*?(?=  #|$)", flags=re.MULTILINE)  # its comment stays
+                cell.source = pattern.sub(lambda _, line=f"{name} = {value}": line, cell.source)
 
 
 def describe_failure(cell: nbformat.NotebookNode | None, error: str) -> str:

@@ -63,6 +63,7 @@ def sample():
         new_code_cell(INSTALL, id="install"),
         new_code_cell('PROFILE = "huge"  # mini or a 7B profile\nSEED = 0', id="parameters"),
         new_code_cell(ENVIRONMENT + "\nenvironment(PROFILE)", id="environment"),
+        new_markdown_cell("It is below 1.", id="told"),
         new_code_cell(
             "import random\nrandom.seed(SEED)\nvalue = random.random()\nprint(value < 1)", id="draw"
         ),
@@ -162,7 +163,7 @@ BREAKS = {
     "absolute path shown": (shows(stream("in /tmp/x")), "one machine, /tmp"),
     "date": (shows(stream("2026-01-31 10:00:00")), "a date and time"),
     "address": (shows(stream("<object at 0x7f0011223344>")), "a memory address"),
-    "long cell": (edit("check", "assert", "x = 1\n" * 41 + "assert"), "has 42 lines, more than 40"),
+    "long cell": (edit("check", "assert", "x = 1\n" * 25 + "assert"), "has 26 lines, more than 25"),
     "long median": (
         lambda nb: [c.update(source="x = 1\n" * 7 + c.source) for c in nb.cells if c.cell_type == "code"],
         "the median code cell has",
@@ -175,7 +176,19 @@ BREAKS = {
     "few questions": (edit("questions", "5. Five?", ""), "4 questions; ask 5 to 8"),
     "no solution": (edit("exercises", "(solutions/01_read_number.md)", "(#top)"), "link to no solution"),
     "dead link": (edit("exercises", "01_read_number.md", "gone.md"), "gone.md, which does not exist"),
-    "too large": (shows(stream("x" * 1_000_000)), "bytes; keep it under 1,000,000"),
+    "too large": (shows(stream("x" * 1_200_000)), "bytes; keep it under 1,200,000"),
+    "no sentence": (lambda nb: nb.cells.remove(cell(nb, "told")), "is the 4th code cell in a row"),
+    "picture without words": (
+        shows(new_output("display_data", {"image/png": "", "text/plain": "a picture"})),
+        "a picture without alternative text",
+    ),
+    "raw value": (
+        shows(new_output("execute_result", {"text/plain": "tensor([1.0])"}, execution_count=4)),
+        "shows the raw tensor",
+    ),
+    "number from nowhere": (edit("told", "below 1", "below 1, and 17 % more"), "names 17, which no output shows"),
+    "number word from nowhere": (edit("told", "below 1", "one of seven"), "names seven, which no output shows"),
+    "silent call of a check": (edit("check", "assert value < 1, ", "check(value < 1) #"), "without a sentence"),
 }
 
 
@@ -193,6 +206,33 @@ def test_checker_sees(name, good):
     finally:
         path.unlink()
     assert any(expected in problem for problem in found), found
+
+
+def test_a_number_may_be_shown_rounded_or_marked_as_given(good):
+    notebook = nbformat.read(good, as_version=4)
+    shows(stream("0.8342"))(notebook)
+    edit("told", "below 1", "0.83, of 224 pixels")(notebook)
+    page = check_notebooks.Page(good, notebook)
+    (problem,) = check_notebooks.numbers_in_prose(page)
+    assert problem.endswith("names 224, which no output shows")
+    edit("told", "pixels.", "pixels. <!-- given: 224 -->")(notebook)
+    assert list(check_notebooks.numbers_in_prose(page)) == []
+
+
+def test_an_appendix_links_back_and_needs_neither_neighbours_nor_questions(good):
+    folder = good.with_name("appendix")
+    folder.mkdir()
+    notebook, path = nbformat.read(good, as_version=4), folder / "A_read_letters.ipynb"
+    edit("top", "# 01 · Read a number", "# A · Read letters\n\nOf [01](../01_read_number.ipynb)")(notebook)
+    edit("exercises", "(solutions/", "(../solutions/")(notebook)
+    notebook.cells = [one for one in notebook.cells if one.id not in ("environment", "questions")]
+    for number, one in enumerate((one for one in notebook.cells if one.cell_type == "code"), start=1):
+        one.execution_count = number
+    nbformat.write(notebook, path)
+    assert check_notebooks.problems(path) == []
+    edit("top", "](../01_read_number.ipynb)", "]")(notebook)
+    nbformat.write(notebook, path)
+    assert "no link to the notebook that it belongs to" in " ".join(check_notebooks.problems(path))
 
 
 def test_checker_sees_a_bad_file_name(good):
@@ -296,7 +336,7 @@ def test_write_refuses_outputs_of_another_profile(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["run_course.py", "--write", "--profile", "anomalygpt-7b"])
     with pytest.raises(SystemExit):
         run_course.main()
-    assert "mini profile only" in capsys.readouterr().err
+    assert "outputs of the mini profile" in capsys.readouterr().err
 
 
 def test_alternative_texts_stay_when_outputs_are_normalised():
