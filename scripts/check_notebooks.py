@@ -258,7 +258,7 @@ def check_cells(page: Page) -> Iterator[str]:
     found = False
     for cell in page.code:
         for node in ast.walk(python(cell)):
-            checks = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("check", "equal")
+            checks = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("check", "equal", "notice")
             found = found or checks or isinstance(node, ast.Assert)
             if isinstance(node, ast.Assert) and node.msg is None:
                 yield f"{name_of(cell)} asserts without a message that teaches: {ast.unparse(node)}"

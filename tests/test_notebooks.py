@@ -11,8 +11,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import check_notebooks
+import lesson
 import run_course
 from conftest import ROOT
+from spgdd.profiles import get_profile
 
 COURSE = run_course.course()
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
@@ -38,6 +40,24 @@ def test_solution_runs_in_a_fresh_kernel(path):
 def test_course_is_numbered_from_zero_without_repeats():
     numbers = [path.name[:2] for path in COURSE]
     assert len(set(numbers)) == len(numbers), f"two notebooks share a number: {numbers}"
+
+
+def test_a_cell_that_needs_what_the_profile_lacks_says_so(monkeypatch, capsys):
+    cell = ["%%needs words language\n", "1 / 0\n"]
+    monkeypatch.setattr(lesson, "profile", get_profile("dinov2-small"), raising=False)
+    exec("".join(lesson.skip(cell)))
+    assert capsys.readouterr().out == "skipped: dinov2-small compares with no sentences and has no language model\n"
+    monkeypatch.setattr(lesson, "profile", get_profile("mini"))
+    assert lesson.skip(cell) == ["\n", "1 / 0\n"]
+
+
+def test_what_is_noticed_must_hold_with_mini_alone(monkeypatch, capsys):
+    monkeypatch.setattr(lesson, "profile", get_profile("mini"), raising=False)
+    with pytest.raises(AssertionError, match="it is bright"):
+        lesson.notice(False, "it is bright")
+    monkeypatch.setattr(lesson, "profile", get_profile("dinov2-small"))
+    lesson.notice(False, "it is bright")
+    assert capsys.readouterr().out == "✗ not with dinov2-small: it is bright\n"
 
 
 # the checker: a sample that passes, and one broken copy per rule
