@@ -99,7 +99,7 @@ def compact(figure, alt=""):
     if not alt:
         labels = [axis.get_title() or f"{axis.get_ylabel()} over {axis.get_xlabel()}" for axis in figure.axes]
         alt = f"Chart: {'; '.join(labels)}."
-    return Image(buffer.getvalue(), format="jpeg", alt=alt)
+    return Image(buffer.getvalue(), format="jpeg", metadata={"alt": alt})
 
 
 def overlay(picture, anomaly_map=None, limit: float | None = None, mask=None) -> np.ndarray:
