@@ -25,6 +25,7 @@ from spgdd.training.log import TrainingError
 from spgdd.training.loop import learning_rate_at, train
 from spgdd.training.objective import spgdd_loss
 from spgdd.training.settings import TrainingSettings, load_settings
+from spgdd.training.validation import validate
 from spgdd.training.worker import Worker
 from spgdd.weights.delta import apply_delta
 from tiny_training import TinyData, settings, tiny_model
@@ -418,6 +419,19 @@ def test_the_log_has_figures_parts_and_answers(tmp_path):
     assert held_out["answers"][0].keys() == {"question", "expected", "answered"}
 
 
+def test_held_out_samples_are_not_every_nth():
+    """Of pictures product by product these could be the first of each, all of them good."""
+
+    class Recorded(TinyData):
+        def batches(self, plan, epoch):
+            self.rows = [row for rows in plan for row in rows]
+            return super().batches(plan, epoch)
+
+    data = Recorded(24)  # every second one is good
+    validate(tiny_model(), data, settings(evaluate_on=12), spgdd_loss)
+    assert len(set(data.rows)) == 12 and {row % 2 for row in data.rows} == {0, 1}
+
+
 def test_a_notebook_gets_one_picture_that_is_redrawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     import IPython.display
@@ -432,7 +446,7 @@ def test_a_notebook_gets_one_picture_that_is_redrawn(tmp_path, monkeypatch):
     monkeypatch.setattr(spgdd.training.log.Curve, "SECONDS", 0)
     monkeypatch.setattr(IPython.display, "display", lambda picture, display_id: shown.append(picture) or Handle())
     train(tiny_model(), TinyData(), settings(epochs=1, steps=3), tmp_path)
-    assert len(shown) == 1 and len(updated) == 3 and updated[-1].data[:4] == b"\x89PNG"
+    assert len(shown) == 1 and len(updated) == 3 and updated[-1].data[:4] == b"\x89PNG" and updated[-1].alt
 
 
 def test_the_command_trains_mini_on_the_fly(tmp_path, capsys):

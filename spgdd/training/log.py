@@ -169,10 +169,11 @@ class Curve:
                 axes.legend()
             axes.set(xlabel="step", ylabel=name.replace("_", " "), xlim=(0, self.total))
             axes.grid(alpha=0.3)
-        figure.suptitle(f"step {steps[-1]['step']} of {self.total}, {steps[-1]['samples_per_second']:.1f} samples/s")
+        step, speed = steps[-1]["step"], f", {steps[-1]['samples_per_second']:.1f} samples/s"
+        figure.suptitle(f"step {step} of {self.total}" + speed * (step < self.total))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
-        picture = Image(buffer.getvalue())
+        picture = Image(buffer.getvalue(), alt=f"Loss and share of right tokens up to step {step}.")
         if self.handle:
             self.handle.update(picture)
         else:

@@ -1,5 +1,6 @@
 """How a model under training does on held-out samples: the loss, and answers to read."""
 
+import random
 from collections.abc import Callable
 
 import torch
@@ -15,12 +16,12 @@ AT_ONCE = 16  # samples
 
 @torch.no_grad()
 def validate(model: SPGDD, data, settings: TrainingSettings, objective: Callable) -> dict:
-    """Means over ``settings.evaluate_on`` samples spread over ``data`` ("held_out"), and some questions and "answers".
+    """Means over ``settings.evaluate_on`` samples drawn from ``data`` ("held_out"), and some questions and "answers".
 
     "verdicts" is the share of answers that begin with the right one of Yes and No, where the expected answer does.
     """
     count = min(len(data), settings.evaluate_on)
-    rows = [len(data) * i // count for i in range(count)]
+    rows = sorted(random.Random(0).sample(range(len(data)), count))  # every eighth could be the first of each product
     plan = [rows[i : i + AT_ONCE] for i in range(0, count, AT_ONCE)]
     sums, told, right, training = {"loss": 0.0, "token_accuracy": 0.0}, [], [], model.training
     model.eval()
