@@ -69,8 +69,9 @@ def evaluate(
                 say(f"{name}: {changed}")
             first = len(runs)
             try:
-                diagnoser = load_variant(common | changed, **model)
-                for run in evaluate_each(diagnoser, tasks, shots, seeds, text, false_alarm_rate):
+                # No name for the model: it leaves the memory before the next variant's is loaded.
+                for run in evaluate_each(load_variant(common | changed, **model), tasks, shots, seeds, text,
+                                         false_alarm_rate):  # fmt: skip
                     runs.append({"variant": name} | run)
             finally:
                 rows += [{"variant": name} | row for row in summarise(runs[first:])]
