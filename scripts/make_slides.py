@@ -25,9 +25,9 @@ PAGE = """{%- extends 'index.html.j2' -%}
 {% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_css %}<style>
 .reveal .slides { text-align: left } .reveal h1 { font-size: 1.5em } .reveal h2 { font-size: 1.2em }
-.reveal h1, .reveal h2 { text-transform: none }
-.reveal img, .reveal .jp-RenderedSVG svg { width: auto; height: auto }
-.reveal img, .reveal .jp-RenderedSVG svg { max-width: 100% !important; max-height: 560px !important }
+.reveal h1, .reveal h2 { text-transform: none !important }
+.reveal img, .reveal .jp-RenderedSVG svg { width: 100% !important; height: auto; max-width: 100% !important }
+.reveal img, .reveal .jp-RenderedSVG svg { max-height: 560px !important; object-fit: contain; object-position: left }
 .jp-InputPrompt, .jp-OutputPrompt { display: none }
 </style>{% endblock %}
 {% block footer_js %}<script src="reveal/plugin/notes/notes.js"></script>
