@@ -10,6 +10,7 @@ rounding alone, their answers part, and the table says how near the two pieces w
 """
 
 import argparse
+import gc
 import statistics
 import subprocess
 import sys
@@ -20,21 +21,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from full_size import build
 
 import spgdd
 import spgdd.language.vicuna
 from spgdd.diagnosis import Diagnoser
 from spgdd.evaluation.protocol import evaluate, folder_tasks
-from spgdd.imagebind import HUGE, MINI, ImageBind, TextTokenizer
-from spgdd.language import LlamaTokenizer, Vicuna
+from spgdd.imagebind import MINI
+from spgdd.language import Vicuna
 from spgdd.loading import load_model
 from spgdd.model import SPGDD
-from spgdd.profiles import LANGUAGE_PARTS, Profile, get_profile, weights_folder
+from spgdd.profiles import LANGUAGE_PARTS, Profile, get_profile
 from spgdd.weights.delta import save_delta
 from write_standins import _tokenizer
 
-TOY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 PROMPT, TOKENS = 137, 60
 PICTURES = Path(__file__).resolve().parent.parent / "data/mini"
 
@@ -60,35 +60,24 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def build(options) -> SPGDD:
+def model_with_files(options) -> SPGDD:
     """Profile spgdd-7b with random weights; where a folder is given, its files are written there on the way."""
     folder, profile = options.load or Path(tempfile.mkdtemp()), get_profile("spgdd-7b")
-    if options.toy:
-        profile = replace(profile, text_tokenizer=str(weights_folder().absolute() / "mini/text_tokenizer"))
-    tokenizer = TextTokenizer.load(profile.text_tokenizer) if options.toy else TextTokenizer()
-    dtype, sizes = (torch.float32, TOY) if options.toy else (torch.bfloat16, {})  # LlamaConfig's own are LLaMA-7B's
-    config = LlamaConfig(vocab_size=32001, max_position_embeddings=2048, attn_implementation="sdpa", **sizes)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with torch.device(options.device):
-        llama = LlamaForCausalLM(config).requires_grad_(False)
-        imagebind = ImageBind(MINI if options.toy else HUGE).eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    base = folder / profile.language
+    base, path = folder / profile.language, folder / profile.imagebind_file
     base.mkdir(parents=True, exist_ok=True)
     (base / "tokenizer.model").write_bytes(_tokenizer())
-    if options.load:  # as published: the base in float16, ImageBind in float32
+
+    def save(llama, imagebind) -> None:  # as published: the base in float16, ImageBind in float32
+        dtype = llama.dtype
         llama.half().save_pretrained(base)
         llama.to(dtype)
-        path = folder / profile.imagebind_file
         path.parent.mkdir(exist_ok=True)
         torch.save({name: value.float().cpu() for name, value in imagebind.state_dict().items()}, path)
-    with torch.device(options.device):
-        language = Vicuna(llama, LlamaTokenizer(base / "tokenizer.model"), imagebind.config.joint)
-        for name, value in language.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(value, std=0.02)
-        model = SPGDD(profile, imagebind, language, tokenizer).eval()
+
+    model = build(options, tokenizer=base / "tokenizer.model", prepare=save if options.load else None)
+    for name, value in model.language.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.02)
     if options.load:
         state = {name: value.cpu() for name, value in model.named_parameters() if value.requires_grad}
         first, second = (folder / delta.file for delta in profile.deltas)
@@ -207,6 +196,8 @@ def loading(profile: Profile, options) -> None:
     good, part = (str(next(PICTURES.rglob(f"{kind}/*.jpg"))) for kind in ("train/good", "test/*"))
     command = [sys.executable, "-m", "spgdd", "diagnose", part, "--normal", good, "--profile", profile.name,
                "--root", str(options.load), "--max-new-tokens", str(TOKENS)]  # fmt: skip
+    gc.collect()
+    torch.cuda.empty_cache()  # the GPU has to have room for the shell's model
     shell = seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL), 1)
     imports = "import spgdd.cli.diagnose, spgdd.diagnosis, spgdd.loading, spgdd.language.vicuna"
     start = seconds(lambda: subprocess.run([sys.executable, "-c", imports], check=True), 1)
@@ -224,7 +215,7 @@ def main() -> None:
         spgdd.imagebind.HUGE = MINI
     card = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{card}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    model = build(options)
+    model = model_with_files(options)
     answers(model.language, options)
     trained(options)
     work(model, options)

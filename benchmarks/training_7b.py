@@ -30,17 +30,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from full_size import build, parse, parser
 from PIL import Image
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from vision_tower import Published as PublishedTower
 from vision_tower import seconds_each
 
-from spgdd.imagebind import HUGE, MINI, ImageBind, TextTokenizer, preprocess
-from spgdd.language import LlamaTokenizer, Vicuna
+from spgdd.imagebind import ImageBind, preprocess
+from spgdd.language import LlamaTokenizer
 from spgdd.language.conversation import IGNORE, IMAGE_END, PROMPT_START, encode_turns
 from spgdd.model import SPGDD
-from spgdd.profiles import get_profile, weights_folder
+from spgdd.profiles import weights_folder
 from spgdd.training.data import TrainingData
 from spgdd.training.loop import train
 from spgdd.training.settings import TrainingSettings, load_settings
@@ -49,30 +50,10 @@ from spgdd.training.worker import join_processes
 EPOCHS = 3
 CONTEXT = 0.6  # GB of a GPU that CUDA itself takes
 PATIENCE = 300  # seconds after which a part is given up
-TOY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = "there is no scratch at the top left of the metal plate and I see no other defect in it".split()
 
 
-def build(options, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16, four_bit: bool = False) -> SPGDD:
-    """Profile spgdd-7b with random weights on the device."""
-    mini, dtype = weights_folder() / "mini", torch.float32 if options.toy else dtype
-    sizes = TOY if options.toy else {}  # those of LlamaConfig itself are LLaMA-7B's
-    config = LlamaConfig(vocab_size=32001, max_position_embeddings=2048, attn_implementation=attention, **sizes)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with torch.device(options.device):
-        llama = LlamaForCausalLM(config).requires_grad_(False)
-        imagebind = ImageBind(MINI if options.toy else HUGE).eval().requires_grad_(False)
-    torch.set_default_dtype(torch.float32)
-    if four_bit:
-        quantise(llama)
-    tokenizer = TextTokenizer.load(mini / "text_tokenizer") if options.toy else TextTokenizer()
-    with torch.device(options.device):
-        language = Vicuna(llama, LlamaTokenizer(mini / "language/tokenizer.model"), imagebind.config.joint)
-        return SPGDD(get_profile("spgdd-7b"), imagebind, language, tokenizer).eval()
-
-
-def quantise(llama: LlamaForCausalLM) -> None:
+def quantise(llama: LlamaForCausalLM, imagebind: ImageBind) -> None:
     """The layers' matrices in 4 bits, as transformers does it on loading."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -235,7 +216,7 @@ def memory(options) -> None:
             model, bits = None, four_bit
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(1.0)  # building takes more than training
-            model = build(options, four_bit=four_bit)
+            model = build(options, prepare=quantise if four_bit else None)
         if torch.cuda.is_available():
             share = (limit - CONTEXT) * 1e9 / torch.cuda.get_device_properties(0).total_memory if limit else 1.0
             torch.cuda.empty_cache()
@@ -310,18 +291,15 @@ def main(options) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="matmul, published, ours, memory, ranks; default: all")
-    parser.add_argument("--toy", action="store_true", help="toy size, on the CPU too")
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="micro-batches of ours; ranks: the first")
-    parser.add_argument("--length", type=int, default=200, help="tokens of text of the longest conversation")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
     parser.add_argument("--against", type=Path, help="root of another checkout: compare ours with its")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = parse(parser)
     options.parts = options.parts or ["matmul", "published", "ours", "memory", "ranks"]
     if options.child:
         returned = globals()[options.parts[0]](options)

@@ -8,12 +8,9 @@ Samples a second of the preset as it is, which tries what fits the memory, and w
 given by hand, all in one process.
 """
 
-import argparse
-import tempfile
-from pathlib import Path
-
 import torch
-from training_7b import CONTEXT, build, load, peak, run
+from full_size import build, parser, run_in_folder
+from training_7b import CONTEXT, load, peak, run
 
 from spgdd.errors import SpgddError
 from spgdd.training.settings import load_settings
@@ -44,13 +41,7 @@ def main(options) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=200, help="tokens of text of the longest conversation")
+    parser = parser(__doc__)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--limit", type=float, default=0, metavar="GB", help="let the GPU have so much")
-    parser.add_argument("--toy", action="store_true")
-    options = parser.parse_args()
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = Path(folder)
-        main(options)
+    run_in_folder(main, parser)

@@ -8,16 +8,15 @@ A part's time on the CPU is that of launching it; where a part waits for the GPU
 less than a step takes, look for what the CPU waits for; else for the largest kernels.
 """
 
-import argparse
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
+from full_size import build, parser, run_in_folder
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
-from training_7b import build, learn, load
+from training_7b import learn, load
 
 from spgdd.training import loop
 from spgdd.training.worker import Worker
@@ -26,8 +25,9 @@ BEFORE, DURING = 8, 4  # steps that are left out, and that are looked at
 PARTS = ["read", "forward", "backward", "optimiser"]
 INSIDE = [
     "learned_anchors",
-    "few_shot_map",
-    "prompt_tokens",
+    "few_shot",
+    "map_tokens",
+    "bank_tokens",
     "language.forward_loss",
     "image_decoder.forward",
 ]
@@ -97,14 +97,8 @@ def main(options) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser(__doc__)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--no-compile", action="store_false", dest="compile")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write it for chrome://tracing")
-    parser.add_argument("--toy", action="store_true")
-    options = parser.parse_args()
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = Path(folder)
-        main(options)
+    run_in_folder(main, parser)
