@@ -247,7 +247,7 @@ def test_a_normal_image_against_itself_gives_zero(normal):
 def test_half_precision_tokens_give_nearly_the_same_map(query, normal, dtype, atol):
     memory = Memory(4, 64, scales=(1, 3, 5))
     bank = memory.build(normal.to(dtype))
-    assert bank.tokens.dtype == dtype
+    assert bank.tokens.dtype == torch.float32  # means of neighbours are not rounded
     with torch.no_grad():
         exact = memory_map(memory, query, memory.build(normal))
         check(f"{dtype} map", memory_map(memory, query.to(dtype), bank), exact, atol=atol)

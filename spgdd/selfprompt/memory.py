@@ -47,7 +47,7 @@ class Memory(nn.Module):
     def build(
         self, patches: Tensor, rotate: bool = False, budget: int | None = None, origin: Tensor | None = None
     ) -> MemoryBank:
-        """Bank of patch tokens (V, L, N, D), in their dtype; at most ``budget`` entries per tap and scale.
+        """Bank of patch tokens (V, L, N, D); at most ``budget`` entries per tap and scale.
 
         ``origin`` (V,) is the number of the normal image that each row is a view of; by default each is its own. With
         ``rotate`` the rows are the tokens of ``rotations(images)``, four in a row for each normal image.
@@ -62,9 +62,13 @@ class Memory(nn.Module):
         return subsample(bank, budget) if budget else bank
 
     def tokens(self, patches: Tensor) -> Tensor:
-        """Entries of a bank of every patch: tokens of normal images (..., K, L, N, D) -> (..., L, S, K*N, D)."""
-        scales = [neighbourhoods(patches, scale).to(patches.dtype) for scale in self.scales]
-        return torch.stack(scales, -3).movedim(-5, -3).flatten(-3, -2)  # (..., K, L, S, N, D) -> (..., L, S, K*N, D)
+        """Entries of a bank of every patch: tokens of normal images (..., K, L, N, D) -> (..., L, S, K*N, D).
+
+        They are float32 where neighbours are averaged, as a query's are: half precision would round the means.
+        """
+        scales = torch.stack([neighbourhoods(patches, scale) for scale in self.scales], -3)  # (..., K, L, S, N, D)
+        tokens = scales.movedim(-5, -3).flatten(-3, -2)
+        return tokens if max(self.scales) > 1 else tokens.to(patches.dtype)
 
     def compare(self, patches: Tensor, tokens: Tensor, barred: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Patch tokens (B, L, N, D) against the tokens (G, L, S, M, D) of G banks, B / G queries in a row for each.
