@@ -12,6 +12,7 @@ table.md stay in runs/rehearsal, or in $REHEARSAL_FOLDER; a later run uses the w
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -32,7 +34,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("REHEARSAL_FOLDER", ROOT / "runs/rehearsal")).absolute()
 WEIGHTS, DATA = FOLDER / "weights", ROOT / "data/mini"
 TADD = FOLDER / "TADD", FOLDER / "TADD_held_out"
+LINE = "| {step} | {seconds:.0f} | {gpu:.1f} | {host:.1f} | {passed} |"
 DOUBT, GOOD = "nut/test/chipped_edge/000.jpg", "nut/train/good/000.jpg"
+TITLE = """# Time and memory of every step
+
+Written by `make gpu-rehearsal`, with stand-in weights. GPU memory is the peak of the card's, with what CUDA itself
+takes; memory is the peak of the step's processes, mapped files apart.
+
+"""
 CONTEXT = 0.6  # GB that CUDA itself takes in a process
 PATIENCE = 900  # seconds for a step
 
@@ -47,14 +56,15 @@ class Step:
     gpu_gb: float = 0  # the GPU is limited to so much; 0: not at all
     host_gb: float = 0  # more of the machine's memory is a failure
     env: dict = field(default_factory=dict)
+    beside: str = ""  # neighbours with the same word here may run at the same time (--jobs)
 
 
-def plan(toy: bool) -> list[Step]:
-    spgdd, job = [sys.executable, "-m", "spgdd"], [sys.executable, __file__, "--job"]
+def plan() -> list[Step]:
+    spgdd, job = [sys.executable, "-m", "spgdd"], [sys.executable, __file__, "--do"]
     whole, large = "spgdd-7b", ("spgdd-7b", "anomalygpt-7b")
-    parts = ["llama-7b", "vicuna-7b-delta-v0", "anomalygpt-mvtec", "dinov2-small", *([] if toy else ["dinov2-base"])]
+    parts = ["llama-7b", "vicuna-7b-delta-v0", "imagebind-huge", "pandagpt-7b", "anomalygpt-mvtec"]
     steps = [
-        Step("stand-ins", [*job, "standins", *parts, "imagebind-huge", "pandagpt-7b"]),
+        Step("stand-ins", [*job, "standins", *parts]),
         Step("merge", [*spgdd, "weights", "merge-vicuna", "7b"]),
         *(Step(f"load {name}", [*job, "load", name]) for name in large),
         *(Step(f"ladder {name}", [*spgdd, "weights", "check", name]) for name in large),
@@ -71,16 +81,20 @@ def plan(toy: bool) -> list[Step]:
         Step("demo", [*job, "demo", whole], "gradio"),
     ]  # fmt: skip
     notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    for profile, numbers, gpu_gb in (*((name, range(9), 19) for name in large), ("imagebind", (0, 3, 4, 6), 15)):
+    tight = {"gpu_gb": 15, "host_gb": 12, "env": {"REHEARSAL_T4": "1"}}
+    for profile, left_out, limits in (
+        ("spgdd-7b", (), {"gpu_gb": 19}),
+        ("anomalygpt-7b", ("05",), {"gpu_gb": 19}),  # its delta is published, not trained
+        ("imagebind", ("01", "02", "05", "07", "08"), tight),  # without a language model
+    ):
         for path in notebooks:
-            number = int(path.name[:2])
-            if number in numbers:
-                tight = {"host_gb": 12, "env": {"REHEARSAL_T4": "1"}} if profile == "imagebind" else {}
-                command = [sys.executable, ROOT / "scripts/run_course.py", path, "--profile", profile]
-                if number == 5:
-                    command += ["--set", f"TADD={tuple(map(str, TADD))}"]
-                steps.append(Step(f"notebook {path.name[:2]}, {profile}", command, "nbclient",
-                                  gpu_gb=24 if number == 5 else gpu_gb, **tight))  # fmt: skip
+            command = [sys.executable, ROOT / "scripts/run_course.py", path, "--profile", profile]
+            number, own = path.name[:2], limits
+            if number == "05":
+                command, own = [*command, "--set", f"TADD={tuple(map(str, TADD))}"], {"gpu_gb": 24}
+            if number not in left_out:
+                beside = "" if number == "05" else profile  # 05 replaces weights that the others read
+                steps.append(Step(f"notebook {number}, {profile}", command, "nbclient", beside=beside, **own))
     return steps
 
 
@@ -126,24 +140,30 @@ def run(step: Step, patience: float, toy: bool) -> dict:
 
 
 def watch_memory(pid: int, row: dict, ended: threading.Event) -> None:
-    """Note the peaks of GPU memory, all processes', and of memory that is no mapped file, the step's processes'."""
-    before = used_gpu()
-    while not ended.wait(0.1):
-        row["gpu"] = max(row["gpu"], (used_gpu() - before) / 1e9)
+    """Note the peaks of memory of a process and of what it started: the GPU's, and that which is no mapped file."""
+    while not ended.wait(0.2):
         with contextlib.suppress(psutil.Error):
             parent, used = psutil.Process(pid), 0
-            for process in (parent, *parent.children(recursive=True)):
+            family = [parent, *parent.children(recursive=True)]
+            for process in family:
                 with contextlib.suppress(psutil.Error):
                     memory = process.memory_info()
                     used += memory.rss - getattr(memory, "shared", 0)
             row["host"] = max(row["host"], used / 1e9)
+            row["gpu"] = max(row["gpu"], used_gpu({process.pid for process in family}))
 
 
-def used_gpu() -> int:
+def used_gpu(pids: set[int]) -> float:
+    """GB of the GPU that processes hold; of all that is used, where the driver does not tell whose it is."""
     if not torch.cuda.is_available():
-        return 0
-    free, whole = torch.cuda.mem_get_info()
-    return whole - free
+        return 0.0
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    held = [line.split(",") for line in lines if line.replace(",", "").replace(" ", "").isdigit()]
+    if not held:
+        free, whole = torch.cuda.mem_get_info()
+        return (whole - free) / 1e9
+    return sum(int(used) for pid, used in held if int(pid) in pids) * 2**20 / 1e9
 
 
 def save(rows: list[dict], toy: bool) -> str:
@@ -155,9 +175,8 @@ def save(rows: list[dict], toy: bool) -> str:
     known = json.loads(file.read_text()).get(head, {}) if file.is_file() else {}
     known |= {row["step"]: row for row in rows}
     file.write_text(json.dumps({head: known}))
-    lines = [head, "", "| step | seconds | GPU memory, GB | memory, GB | passed |", "|---|---:|---:|---:|---|"]
-    lines += ["| {step} | {seconds:.0f} | {gpu:.1f} | {host:.1f} | {passed} |".format(**known[step.name])
-              for step in plan(toy) if step.name in known]  # fmt: skip
+    lines = [TITLE + head, "", "| step | seconds | GPU memory, GB | memory, GB | passed |", "|---|---:|---:|---:|---|"]
+    lines += [LINE.format(**known[step.name]) for step in plan() if step.name in known]
     (FOLDER / "table.md").write_text("\n".join([*lines, ""]))
     return "\n".join(lines)
 
@@ -176,9 +195,7 @@ def standins(*names: str) -> None:
 def load(profile: str) -> None:
     import spgdd
 
-    start = time.perf_counter()
-    model = spgdd.load_model(profile)
-    print(f"{profile} loaded in {time.perf_counter() - start:.1f} s; stand-ins: {', '.join(model.standins)}")
+    print("stand-ins:", *spgdd.load_model(profile).standins)
 
 
 def world() -> None:
@@ -239,36 +256,41 @@ def demo(profile: str) -> None:
 
 
 def main() -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", nargs="+", default=[""], metavar="PATTERN", help="regular expressions of names")
     parser.add_argument("--size", choices=("full", "toy"), default="full")
     parser.add_argument("--skip-notebooks", action="store_true")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="for all; then it ends")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many notebooks at once, each with its GB")
     parser.add_argument("--list", action="store_true", help="name the steps, and do nothing")
-    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--do", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.job:
-        name, *arguments = options.job
+    if options.do:
+        name, *arguments = options.do
         globals()[name](*arguments)
         return 0
-    toy, rows, end = options.size == "toy", [], time.monotonic() + options.budget
-    steps = [step for step in plan(toy) if any(re.match(pattern, step.name) for pattern in options.steps)]
-    steps = [step for step in steps if not (options.skip_notebooks and step.name.startswith("notebook"))]
+    toy, rows, lock, end = options.size == "toy", [], threading.Lock(), time.monotonic() + options.budget
+    steps = [step for step in plan() if any(re.match(pattern, step.name) for pattern in options.steps)
+             and not (options.skip_notebooks and step.name.startswith("notebook"))]  # fmt: skip
     if options.list:
         print(*(step.name for step in steps), sep="\n")
         return 0
     WEIGHTS.mkdir(parents=True, exist_ok=True)
-    for step in steps:
+
+    def perform(step: Step) -> None:
         left = end - time.monotonic()
-        if left > 5:
-            print(f"--- {step.name}", flush=True)
-            rows.append(run(step, min(left, PATIENCE), toy))
-            print("    {seconds:.0f} s, GPU {gpu:.1f} GB, memory {host:.1f} GB, passed {passed}".format(**rows[-1]),
-                  flush=True)  # fmt: skip
+        row = run(step, min(left, PATIENCE), toy) if left > 5 else untried(step, "time is up")
+        with lock:
+            rows.append(row)
+            print(LINE.format(**row), flush=True)
+            save(rows, toy)
+
+    for beside, group in itertools.groupby(steps, lambda step: step.beside):
+        if beside and options.jobs > 1:
+            with ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(perform, group))
         else:
-            rows.append(untried(step, "time is up"))
-        save(rows, toy)
+            list(map(perform, group))
     print(save(rows, toy))
     return int(any(row["passed"].startswith("no:") for row in rows))
 
