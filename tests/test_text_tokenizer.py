@@ -11,11 +11,19 @@ import torch
 
 from conftest import FIXTURES, ROOT
 from spgdd.errors import WeightsError
-from spgdd.imagebind import MINI, TextTokenizer, train_text_tokenizer
+from spgdd.imagebind import MINI, TextTokenizer
 from spgdd.imagebind.text_tokenizer import clean
 
 REFERENCE = json.loads((FIXTURES / "tokenizer" / "text_tokens.json").read_text())
 WORDS = "scratch crack dent stain hole missing part photo of the a metal nut screw top left right".split()
+
+
+@pytest.fixture
+def train_text_tokenizer(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "mini")
+    from texts import train_text_tokenizer
+
+    return train_text_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,7 @@ def test_shipped_merges_are_clips(clip):
     assert digest == "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a"
 
 
-def test_learned_tokenizer_keeps_the_conventions(tmp_path):
+def test_learned_tokenizer_keeps_the_conventions(tmp_path, train_text_tokenizer):
     trained = train_text_tokenizer(sentences(200), 560, tmp_path / "mini")
     loaded = TextTokenizer.load(tmp_path / "mini")
     texts = [*sentences(20, seed=1), "An unseen word: Überlackierung &amp; 3.5 mm", "", "crack " * 100]
@@ -71,7 +79,7 @@ def test_learned_tokenizer_keeps_the_conventions(tmp_path):
     assert (loaded(["crack " * 100], legacy=True) != loaded.end).all()
 
 
-def test_learned_ids_follow_the_merges(tmp_path):
+def test_learned_ids_follow_the_merges(tmp_path, train_text_tokenizer):
     """Encode by hand: merge the pair of lowest rank until none is left."""
     tokenizer = train_text_tokenizer(sentences(200), 570, tmp_path)
     merges = [tuple(line.split()) for line in (tmp_path / "merges.txt").read_text().splitlines()]
@@ -89,14 +97,14 @@ def test_learned_ids_follow_the_merges(tmp_path):
         assert ids[1 : 1 + len(expected)].tolist() == expected and ids[1 + len(expected)] == tokenizer.end
 
 
-def test_learning_does_not_depend_on_the_order_of_texts(tmp_path):
+def test_learning_does_not_depend_on_the_order_of_texts(tmp_path, train_text_tokenizer):
     texts = sentences(300)
     train_text_tokenizer(texts, 600, tmp_path / "a")
     train_text_tokenizer(reversed(texts), 600, tmp_path / "b")
     assert (tmp_path / "a" / "merges.txt").read_bytes() == (tmp_path / "b" / "merges.txt").read_bytes()
 
 
-def test_few_texts_give_a_smaller_vocabulary(tmp_path):
+def test_few_texts_give_a_smaller_vocabulary(tmp_path, train_text_tokenizer):
     tokenizer = train_text_tokenizer(["crack", "a dent"], MINI.vocab_size, tmp_path)
     assert tokenizer.vocab_size == 514 + 7  # crack: 4 merges, dent: 3
     assert tokenizer(["a crack"])[0, :5].tolist()[-2:] == [tokenizer.end, 0]

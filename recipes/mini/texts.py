@@ -1,16 +1,19 @@
 """Every sentence that the mini text tower learns from, tokenised once and looked up by family, defect and place."""
 
+import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from tokenizers import models, trainers
 from torch import Tensor
 
 from miniworld import FAMILIES
 from miniworld.world import TYPES
 from spgdd.data import grammar, words
 from spgdd.data.grammar import VOCABULARY, a, finding, kind_of
-from spgdd.imagebind.text_tokenizer import TextTokenizer, train_text_tokenizer
+from spgdd.imagebind.text_tokenizer import WORD_END, TextTokenizer, byte_pair_tokenizer, byte_symbols, clean
 from spgdd.places import PLACES
 from spgdd.selfprompt.focuser import STATES, text_prompts
 
@@ -106,3 +109,23 @@ class TextBank:
 
 def build_tokenizer(folder: Path, vocab_size: int) -> TextTokenizer:
     return train_text_tokenizer(corpus(), vocab_size, folder)
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> TextTokenizer:
+    """Learn merges from ``texts``, write them to ``folder/merges.txt`` and return their tokenizer.
+
+    It has ``vocab_size`` entries, or fewer once no pair is left to merge. Equal texts give equal files.
+    """
+    learner = byte_pair_tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,  # without start and end of text
+        special_tokens=byte_symbols(),  # fixes their ids, and so the order in which equal counts are merged
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )
+    learner.train_from_iterator((clean(text) for text in texts), trainer)
+    merges = [" ".join(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    path = Path(folder) / "merges.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(merges) + "\n", encoding="utf-8")
+    return TextTokenizer(merges)

@@ -6,15 +6,14 @@ start of text, end of text.
 
 import gzip
 import html
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import ftfy
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from spgdd.errors import WeightsError
 
@@ -65,7 +64,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, context: int = 77) -> "TextTokenizer":
-        """The tokenizer that ``train_text_tokenizer`` wrote; raises WeightsError where there is none."""
+        """The tokenizer of a folder with ``merges.txt``; raises WeightsError where there is none."""
         path = Path(folder) / "merges.txt"
         if not path.is_file():
             raise WeightsError(f"There is no text tokenizer {path}. `spgdd weights` restores it.")
@@ -83,23 +82,3 @@ class TextTokenizer:
             kept = [self.start, *encoding.ids[:room], self.end][: self.context]
             row[: len(kept)] = torch.tensor(kept)
         return ids
-
-
-def train_text_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> TextTokenizer:
-    """Learn merges from ``texts``, write them to ``folder/merges.txt`` and return their tokenizer.
-
-    It has ``vocab_size`` entries, or fewer once no pair is left to merge. Equal texts give equal files.
-    """
-    learner = byte_pair_tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,  # without start and end of text
-        special_tokens=byte_symbols(),  # fixes their ids, and so the order in which equal counts are merged
-        end_of_word_suffix=WORD_END,
-        show_progress=False,
-    )
-    learner.train_from_iterator((clean(text) for text in texts), trainer)
-    merges = [" ".join(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    path = Path(folder) / "merges.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(merges) + "\n", encoding="utf-8")
-    return TextTokenizer(merges)
