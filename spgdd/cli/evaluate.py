@@ -11,7 +11,7 @@ from pathlib import Path
 
 from typer import Option
 
-from spgdd.cli.common import RATE, complain, say
+from spgdd.cli.common import RATE, say
 from spgdd.errors import SpgddError
 from spgdd.files import check_outputs, whole_file, write_json
 from spgdd.profiles import get_profile
@@ -33,7 +33,7 @@ def evaluate(
     csv: Path = Option(None, help="write one line per product, number of shots and seed"),
     plot: Path = Option(None, help="draw AUROC over shots beside published figures"),
     **model,
-) -> int:
+) -> None:
     """Measure how good the diagnoses are, with k normal pictures."""
     from spgdd.evaluation.ablation import load_variant, read_variants
     from spgdd.evaluation.metrics import summarise
@@ -75,12 +75,6 @@ def evaluate(
                     runs.append({"variant": name} | run)
             finally:
                 rows += [{"variant": name} | row for row in summarise(runs[first:])]
-    skipped = {line for run in runs for line in run["skipped"]}
-    for line in sorted(skipped):
-        complain(line)
-    if skipped:
-        complain(f"{len(skipped)} picture(s) or mask(s) could not be used; the figures are without them.")
-    return int(bool(skipped))
 
 
 def save_plot(path: Path, rows: list[dict]) -> None:

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from spgdd.data.index import Row, index_folder
 from spgdd.data.masks import read_mask
 from spgdd.data.words import default_question
 from spgdd.diagnosis import Diagnoser, judge
-from spgdd.errors import DataError, ImageError, SpgddError, printable
+from spgdd.errors import DataError, printable
 from spgdd.evaluation.metrics import PixelCounts, image_metrics, verdict_metrics
 from spgdd.images import read_image
 from spgdd.language.conversation import fold_history
@@ -118,13 +117,12 @@ def evaluate_each(
     diagnoser: Diagnoser, tasks: Sequence[Task], shots: Sequence[int] = (1,), seeds: Sequence[int] = (0, 1, 2),
     text: bool = True, false_alarm_rate: float = 0.05, progress: bool = True,
 ) -> Iterator[dict]:  # fmt: skip
-    """A run per product, number of shots and seed: subset, product, shots, seed, metrics, pictures, skipped.
+    """A run per product, number of shots and seed: subset, product, shots, seed, metrics, pictures.
 
     A seed shuffles the normal pictures, and k shots are the first k of them. Without shots there is one run,
-    of seed None. Pictures are dicts of everything that the metrics are made of; ``skipped`` says why others, which
-    cannot be read, are not among them. Raises DataError for a product with fewer normal pictures than shots, or
-    without pictures to diagnose; SpgddError where no shots are asked of a model without words. Without a language part
-    there is no text.
+    of seed None. Pictures are dicts of everything that the metrics are made of. Raises DataError for a product with
+    fewer normal pictures than shots, or without pictures to diagnose; SpgddError where no shots are asked of a model
+    without words. Without a language part there is no text.
     """
     check_ranges(shots=shots, seeds=seeds, false_alarm_rate=false_alarm_rate)
     for task in tasks:
@@ -144,13 +142,9 @@ def evaluate_each(
 
 @torch.inference_mode()
 def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, rate: float, bar: tqdm) -> list[dict]:
-    model, known, sets, skipped = diagnoser.model, {}, {}, {}  # skipped: the reason by the picture's name
+    model, known, sets = diagnoser.model, {}, {}
     for seed in seeds:
         order = random.Random(seed).sample(task.normals, len(task.normals))
-        order = list(islice((one for one in order if _readable(one, skipped)), max(shots)))
-        if len(order) < max(shots):
-            raise DataError(f"{task.subset}/{task.product}: {len(order)} normal pictures can be read for {max(shots)} "
-                            "shots.", *skipped.values())  # fmt: skip
         for k in shots:
             sources = [picture.source for picture in order[:k]]
             sets[k, seed if k else None] = build_reference(model, sources, task.name, known=known) if k else None
@@ -158,7 +152,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
     limits = {key: calibration.limits(rate) for key, calibration in calibrations.items()}
     counts, pictures, asked = ({key: kind() for key in sets} for kind in (PixelCounts, list, list))
     levels = next((reference.levels for reference in sets.values() if reference and reference.levels), None)
-    for batch in load_batches(task.queries, model.profile, levels, skipped):
+    for batch in load_batches(task.queries, model.profile, levels):
         seen, count = model.look([loaded.pixels for loaded in batch]), batch[0].views.count
         patches = torch.cat([one.patches[0] for one in seen])  # (B*V, L, N, D)
         wholes = [Whole.of(loaded.pixels[0], one) for loaded, one in zip(batch, seen, strict=True)]
@@ -187,8 +181,6 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
                 asked[key].append((embedding, prompts))
             pictures[key] += records
         bar.update(len(batch))
-    if not next(iter(pictures.values())):
-        raise DataError(f"{task.subset}/{task.product}: none of its pictures can be read.", *skipped.values())
     for key, parts in asked.items():
         if parts:  # all at once: no batch waits for its longest answer
             _ask(model, *map(torch.cat, zip(*parts, strict=True)), task, pictures[key])
@@ -198,7 +190,7 @@ def _evaluate_task(diagnoser: Diagnoser, task: Task, shots, seeds, text: bool, r
             "normals": sets[key].normals if sets[key] else (), "calibration": asdict(calibrations[key]),
             "metrics": image_metrics([p["kind"] != "good" for p in rows], [p["score"] for p in rows])
             | counts[key].metrics() | verdict_metrics(rows),
-            "pictures": rows, "skipped": list(skipped.values()),
+            "pictures": rows,
         }
         for key, rows in pictures.items()
     ]  # fmt: skip
@@ -229,39 +221,12 @@ class Loaded:
     places: list[str]
 
 
-def _readable(picture: Picture, skipped: dict[str, str]) -> bool:
-    if picture.name not in skipped:
-        try:
-            read_image(picture.source)
-        except ImageError as error:
-            skipped[picture.name] = str(error)
-    return picture.name not in skipped
-
-
-def load_batches(
-    pictures: Sequence[Picture], profile: Profile, levels=None, skipped: dict[str, str] | None = None
-) -> Iterator[list[Loaded]]:
-    """Decoded pictures in batches, deep grey from ``levels``; while the caller works on one, the next is decoded.
-
-    ``skipped`` gets the reason for each that is left out because it, or its mask, cannot be read.
-    """
-    skipped = {} if skipped is None else skipped
-
-    def load(picture: Picture) -> list[Loaded]:
-        try:
-            return [load_picture(picture, profile, levels)]
-        except SpgddError as error:
-            skipped[picture.name] = str(error)
-        except Exception as error:  # damaged masks make decoders raise nearly anything
-            skipped[picture.name] = f"{picture.mask}: the mask cannot be read ({error})."
-        return []
-
+def load_batches(pictures: Sequence[Picture], profile: Profile, levels=None) -> Iterator[list[Loaded]]:
+    """Decoded pictures in batches, deep grey from ``levels``; while the caller works on one, the next is decoded."""
     with ThreadPoolExecutor() as pool:
         batches = (pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH))
-        decoding = ([pool.submit(load, one) for one in batch] for batch in batches)
-        for futures in prefetched(decoding):
-            if loaded := list(chain.from_iterable(results(futures))):
-                yield loaded
+        decoding = ([pool.submit(load_picture, one, profile, levels) for one in batch] for batch in batches)
+        yield from map(results, prefetched(decoding))
 
 
 def load_picture(picture: Picture, profile: Profile, levels=None) -> Loaded:
