@@ -20,7 +20,7 @@ from spgdd.model import SPGDD
 from spgdd.profiles import PROFILES
 from spgdd.ranges import check_ranges
 from spgdd.reference import Reference, build_reference, digest_of, load_reference
-from spgdd.report import card, preview, save_report, sentence
+from spgdd.report import Report, card, preview, sentence
 from spgdd.views import Region, Views
 from spgdd.whole import Whole
 
@@ -144,7 +144,7 @@ class Diagnosis:
 
     def save_report(self, path: str | Path) -> Path:
         """Write a self-contained HTML page."""
-        return save_report(path, [self])
+        return Report([self]).save(path)
 
     def _repr_html_(self) -> str:
         return card(self)

@@ -21,14 +21,9 @@ from spgdd.views import Views
 
 PREVIEW = 480  # pixels of the longer side of a picture
 PREVIEW_BYTES = 65_000
-LISTED = 8  # regions in the table of a card
 BINS = 40  # columns of the histogram
 HEAT = np.array([(255, 225, 90), (255, 140, 0), (205, 15, 60)], np.float32)  # weak, at threshold, strong
 COLOURS = {"normal": "#1a7f4b", "defective": "#c8253c", "unsure": "#a86400"}
-AGREEMENT = {
-    "agree": "text and map agree", "disagree": "text and map disagree", "undecided": "the map is unsure",
-    "unparsed": "the text says neither Yes nor No",
-}  # fmt: skip
 
 
 @cache
@@ -36,6 +31,7 @@ def _template():
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment.filters["number"] = number
     return environment.get_template("report.html", globals={"colours": COLOURS}).module
 
 
@@ -45,18 +41,23 @@ def card(diagnosis) -> str:
 
 
 class Report:
-    """A page that grows diagnosis by diagnosis; what has been added is not kept in memory."""
+    """A page that grows diagnosis by diagnosis; what has been added is not kept in memory.
 
-    def __init__(self):
+    ``errors``: lines about what could not be diagnosed.
+    """
+
+    def __init__(self, diagnoses: Iterable = (), errors: Iterable[str] = ()):
         self._cards = tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace")
-        self._rows, self._counts, self._normals, self.errors = [], Counter(), {}, []
+        self._rows, self._counts, self._normals, self.errors = [], Counter(), {}, [*errors]
+        for diagnosis in diagnoses:
+            self.add(diagnosis)
 
     def add(self, diagnosis) -> None:
         """One card more."""
         d = diagnosis
         self._cards.write(f'<article id="d{len(self._rows)}">{_card(d)}</article>\n')
-        self._rows.append({"image": d.image, "verdict": d.verdict, "score": number(d.score),
-                           "threshold": number(d.threshold), "places": places(d), "text": d.text})  # fmt: skip
+        row = {name: getattr(d, name) for name in ("image", "verdict", "score", "threshold", "text")}
+        self._rows.append(row | {"places": places(d)})
         self._counts[d.verdict] += 1
         self._normals |= dict.fromkeys(d.normals)
 
@@ -70,15 +71,6 @@ class Report:
                          "</body></html>\n"):  # fmt: skip
                 file.write(part.encode("utf-8", errors="backslashreplace"))  # file names may hold anything
         return Path(path)
-
-
-def save_report(path: str | Path, diagnoses: Iterable, errors: Iterable[str] = ()) -> Path:
-    """Write a page about these diagnoses, and what could not be diagnosed."""
-    report = Report()
-    for diagnosis in diagnoses:
-        report.add(diagnosis)
-    report.errors += errors
-    return report.save(path)
 
 
 def places(diagnosis) -> str:
@@ -118,7 +110,7 @@ def _card(d) -> str:
 
 
 def _facts(d) -> dict:
-    """What the template says of a diagnosis, as text, and in percent of the scale's width."""
+    """What the template cannot find out itself; places on the scale are in percent of its width."""
     folder, name = os.path.split(d.image)
     scores = d.calibration.scores
     end = 1.15 * max(d.score, d.limits.high, *scores, 1e-6)
@@ -126,18 +118,10 @@ def _facts(d) -> dict:
     score_at, low, high, threshold_at, *dots = (f"{100 * max(value, 0) / end:.2f}" for value in values)
     counts, _ = np.histogram(scores, BINS, (0, end))
     green, amber, red = (COLOURS[verdict] + "66" for verdict in ("normal", "unsure", "defective"))
-    basis = "fixed, no normal picture is known"
-    if scores:
-        many = d.calibration.pictures
-        basis = f"{100 * d.false_alarm_rate:.3g}% false alarms, {d.calibration.method} on {many} normal picture"
-        basis += "s" * (many > 1)
     return {
-        "folder": os.path.join(folder, ""), "name": name, "agreement": AGREEMENT.get(d.agreement),
-        "score": number(d.score), "threshold": number(d.threshold), "low": number(d.limits.low),
-        "high": number(d.limits.high), "score_at": score_at, "threshold_at": threshold_at, "dots": dots,
-        "columns": [100 * count / max(1, *counts) for count in counts],
-        "scale": f"linear-gradient(90deg,{green} {low}%,{amber} {low}% {high}%,{red} {high}%)", "basis": basis,
-        "turns": d.turns, "listed": LISTED,
+        "folder": os.path.join(folder, ""), "name": name, "score_at": score_at, "threshold_at": threshold_at,
+        "dots": dots, "columns": [100 * count / max(1, *counts) for count in counts],
+        "scale": f"linear-gradient(90deg,{green} {low}%,{amber} {low}% {high}%,{red} {high}%)",
     }  # fmt: skip
 
 

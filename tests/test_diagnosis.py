@@ -17,7 +17,7 @@ from spgdd.diagnosis import Diagnoser
 from spgdd.errors import ImageError, SpgddError
 from spgdd.files import write_text
 from spgdd.loading import load_model
-from spgdd.report import save_report, summary
+from spgdd.report import Report, summary
 from spgdd.selfprompt import Evidence
 from test_model import IMAGES, MAP_ATOL, RUNS, TINY_PROFILE, reduced_tokenizer, weights  # noqa: F401 (a fixture)
 
@@ -257,7 +257,7 @@ def test_summary_has_a_column_for_each_score_of_a_normal_picture(diagnoser, refe
 
 def test_report_page(tmp_path, diagnoser, reference):
     found = [diagnoser.diagnose(part(seed=seed), reference) for seed in (7, 8)]
-    path = save_report(tmp_path / "new" / "page.html", found, ["bad.png: <damaged>"])
+    path = Report(found, ["bad.png: <damaged>"]).save(tmp_path / "new" / "page.html")
     page = path.read_text()
     assert page.count('<article id="d') == 2 and page.count("<style>") == 2 and 'href="#d1"' in page
     assert "bad.png: &lt;damaged&gt;" in page and "normal" in page

@@ -7,7 +7,7 @@ import pytest
 
 from fake_model import FakeModel, part
 from spgdd.diagnosis import Diagnoser
-from spgdd.report import save_report
+from spgdd.report import Report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAYLOADS = (
@@ -31,7 +31,7 @@ def test_no_payload_runs_and_no_request_leaves_the_page(tmp_path):
         diagnoses.append(dataclasses.replace(
             found, **everywhere, normals=(payload,), notes=(payload,), history=((payload, payload),)
         ))  # fmt: skip
-    page_file = save_report(tmp_path / "page.html", diagnoses, PAYLOADS)
+    page_file = Report(diagnoses, PAYLOADS).save(tmp_path / "page.html")
     assert "49" not in page_file.read_text().split("</style>")[-1].split("<article")[0]
     asked = []
     with playwright.sync_playwright() as started:
