@@ -4,7 +4,6 @@ import glob
 import os
 import re
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +60,6 @@ def open_picture(path: str | Path) -> Image.Image:
     """``Image.open`` for the formats that are meant: for others, such as EPS, Pillow starts other programs."""
     Image.init()
     return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
-
-
-def levels_of(source) -> tuple[float, float] | None:
-    """The range of a deep grey picture; None of any other, whose pixels are not decoded where it is a file."""
-    if isinstance(source, (str, Path)):
-        with suppress(Exception), warnings.catch_warnings():  # what is wrong with it is told when it is read
-            warnings.simplefilter("ignore")
-            with open_picture(source) as image:
-                if image.mode not in DEEP:
-                    return None
-    elif isinstance(source, Image.Image) and source.mode not in DEEP:
-        return None
-    return read_image(source).info["levels"]
 
 
 def read_header(path: str | Path) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spgdd.calibration import AREA, Calibration, altered_copies
 from spgdd.errors import ImageError, SpgddError, WeightsError
-from spgdd.images import image_name, levels_of, list_images, read_image
+from spgdd.images import image_name, list_images, read_image
 from spgdd.model import SPGDD, Seen
 from spgdd.ranges import check_ranges
 from spgdd.selfprompt import MemoryBank
@@ -167,18 +167,22 @@ def read_normals(normals, profile, tiles: int) -> tuple[dict[str, tuple[str, Vie
     Raises ImageError where there is none.
     """
     sources, pictures, levels = [], {}, None
+
+    def read(source, levels=None) -> tuple:
+        picture = read_image(source, levels)
+        views = Views.of(picture, profile, tiles)
+        return image_name(source), views, views.pixels(picture), picture.info["levels"]
+
     for item in normals if isinstance(normals, (list, tuple)) else [normals]:
         sources += list_images(item) if isinstance(item, (str, Path)) else [item]
     if not sources:
         raise ImageError("normals is empty: give a normal picture, or None to diagnose without any.")
-    own = [found for source in sources if (found := levels_of(source))]
-    if own:  # one range for all of them, and for what is compared with them
+    found = [read(source) for source in sources]
+    if own := [one[-1] for one in found if one[-1]]:  # one range for all of them, and for what is compared with them
         levels = min(low for low, _ in own), max(high for _, high in own)
-    for source in sources:
-        picture = read_image(source, levels)
-        views = Views.of(picture, profile, tiles)
-        pixels = views.pixels(picture)
-        pictures.setdefault(digest_of(pixels[0]), (image_name(source), views, pixels))
+        found = [read(source, levels) for source in sources]
+    for name, views, pixels, _ in found:
+        pictures.setdefault(digest_of(pixels[0]), (name, views, pixels))
     return pictures, levels
 
 
