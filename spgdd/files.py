@@ -1,5 +1,7 @@
 """The one writer of files: whole or not at all; how JSON objects are read back, and who works in a folder."""
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -66,6 +68,13 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def write_json(path: str | os.PathLike, content, indent: int | None = 2) -> Path:
     """Write JSON values."""
     return write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: str | os.PathLike, head: Iterable, rows: Iterable[Iterable]) -> Path:
+    """Write a table with the names of its columns in the first line."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    return write_text(path, text.getvalue())
 
 
 def read_json(path: str | os.PathLike, mend: str = "", error: type[SpgddError] = SpgddError) -> dict:

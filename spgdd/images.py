@@ -4,6 +4,8 @@ import glob
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +41,11 @@ def read_image(source, levels: tuple[float, float] | None = None) -> Image.Image
     elif not isinstance(source, Image.Image):
         raise ImageError(f"{type(source).__name__} is no image: give a path, a PIL image or a numpy array.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damage ends in an error; large within the limit is fine
-            if isinstance(source, Image.Image):
-                return _to_rgb(source, [], levels)
-            with open_picture(source) as image:
-                frames = getattr(image, "n_frames", 1)
-                return _to_rgb(image, [f"first of {frames} frames"] if frames > 1 else [], levels)
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, [], levels)
+        with open_picture(source) as image:
+            frames = getattr(image, "n_frames", 1)
+            return _to_rgb(image, [f"first of {frames} frames"] if frames > 1 else [], levels)
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"{name}: not a picture that Pillow can read, or too damaged to tell. "
                          "Export it again, as PNG or JPEG.") from error  # fmt: skip
@@ -56,10 +56,14 @@ def read_image(source, levels: tuple[float, float] | None = None) -> Image.Image
         raise ImageError(f"{name}: damaged or incomplete ({reason}). Copy or export it again.") from error
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """``Image.open`` for the formats that are meant: for others, such as EPS, Pillow starts other programs."""
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """``Image.open`` without warnings, for the formats that are meant: for EPS and others, Pillow starts programs."""
     Image.init()
-    return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damage ends in an error; large within the limit is fine
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            yield image
 
 
 def read_header(path: str | Path) -> tuple[int, int, int]:
@@ -69,13 +73,11 @@ def read_header(path: str | Path) -> tuple[int, int, int]:
     """
     _check_file(Path(path), str(path))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with open_picture(path) as image:
-                # Pillow decodes all of a PNG to look for EXIF data that may stand at its end.
-                none = image.format == "PNG" and "exif" not in image.info and not _exif_at_end(Path(path))
-                orientation = 1 if none else image.getexif().get(ORIENTATION, 1)
-                return *image.size, orientation if orientation in range(1, 9) else 1
+        with open_picture(path) as image:
+            # Pillow decodes all of a PNG to look for EXIF data that may stand at its end.
+            none = image.format == "PNG" and "exif" not in image.info and not _exif_at_end(Path(path))
+            orientation = 1 if none else image.getexif().get(ORIENTATION, 1)
+            return *image.size, orientation if orientation in range(1, 9) else 1
     except Exception as error:  # as in read_image
         raise ImageError(f"{path}: not a picture that can be opened ({' '.join(str(error).split())}).") from error
 

@@ -14,21 +14,11 @@ from spgdd.backbones import Backbone
 from spgdd.errors import SpgddError
 from spgdd.imagebind import ImageBind, ImageFeatures, TextTokenizer, normalise
 from spgdd.profiles import PROFILES, Profile
-from spgdd.selfprompt import (
-    AbnormalPrompts,
-    Comparison,
-    Evidence,
-    Focus,
-    Memory,
-    MemoryBank,
-    MemoryTokens,
-    PatchDecoder,
-    PromptLearner,
-    rotations,
-)
-from spgdd.selfprompt.comparison import word_evidence
-from spgdd.selfprompt.focuser import text_vectors, zero_shot_logits
-from spgdd.selfprompt.memory import closest, on_grid
+from spgdd.selfprompt.abnormal_prompts import AbnormalPrompts
+from spgdd.selfprompt.comparison import Comparison, Evidence, word_evidence
+from spgdd.selfprompt.focuser import Focus, PatchDecoder, text_vectors, zero_shot_logits
+from spgdd.selfprompt.memory import Memory, MemoryBank, closest, on_grid, rotations
+from spgdd.selfprompt.tokens import MemoryTokens, PromptLearner
 from spgdd.tensors import to_device
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from spgdd.errors import SpgddError
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.places import place_of
 from spgdd.ranges import check_ranges
-from spgdd.selfprompt.evidence import Evidence
+from spgdd.selfprompt.comparison import Evidence
 
 SIZE, PATCH = 224, 14  # pixels of a side of ImageBind's square, and of a patch
 OVERLAP = 2  # patches that neighbouring tiles share where each is seen for itself

@@ -38,7 +38,7 @@ def evaluate(
     from spgdd.evaluation.ablation import load_variant, read_variants
     from spgdd.evaluation.metrics import summarise
     from spgdd.evaluation.protocol import evaluate_each, folder_tasks
-    from spgdd.evaluation.tables import report, write_csv
+    from spgdd.evaluation.tables import report, write_runs
 
     seen = get_profile(model["profile"])
     shots, text = shots or (0, 1, 2, 4)[not seen.words :], text and model["language"] and seen.language is not None
@@ -61,7 +61,7 @@ def evaluate(
 
     with ExitStack() as outputs:  # whatever ends the evaluation, each of them gets what is done
         outputs.callback(lambda: runs and plot and save_plot(plot, shown()))
-        outputs.callback(lambda: runs and csv and write_csv(csv, runs))
+        outputs.callback(lambda: runs and csv and write_runs(csv, runs))
         outputs.callback(lambda: runs and say(*report(shown(), runs, text)))
         outputs.callback(lambda: json_file and write_json(json_file, table))
         for name, changed in variants.items():

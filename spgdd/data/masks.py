@@ -1,7 +1,6 @@
 """Masks: which pixels of a picture are defective, in whatever way its data set says so."""
 
 import re
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -81,10 +80,8 @@ def _marked(file: Path) -> np.ndarray:
             if marks.ndim != 2 or not marks.size:
                 raise ValueError(f"of shape {marks.shape}")
             return marks
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with open_picture(file) as image:
-                grey, lossy = _grey(ImageOps.exif_transpose(image)), image.format in ("JPEG", "WEBP")
+        with open_picture(file) as image:
+            grey, lossy = _grey(ImageOps.exif_transpose(image)), image.format in ("JPEG", "WEBP")
     except Exception as error:  # damaged data makes decoders raise nearly anything
         raise DataError(f"{file}: damaged, or no mask ({' '.join(str(error).split())}).") from error
     marks = _from_grey(grey, lossy)

@@ -1,18 +1,15 @@
 """What is known of a folder of data sets: a row for each picture that can be used, and what is wrong with others."""
 
-import csv
-import dataclasses
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
 from spgdd.data.masks import AmbiguousMask, read_mask
 from spgdd.errors import DataError, ImageError
-from spgdd.files import write_json, write_text
+from spgdd.files import write_csv, write_json
 from spgdd.images import read_image
 
 LARGE = 0.5  # share of a picture above which a mask is doubtful
@@ -107,13 +104,8 @@ class Index:
 
     def save(self, path: str | Path) -> None:
         """Write the table as .csv, or the table and the problems as .json."""
-        rows = [dataclasses.asdict(row) for row in self.rows]
         if Path(path).suffix.lower() == ".json":
-            problems = [dataclasses.asdict(problem) for problem in self.problems]
-            write_json(path, {"rows": rows, "problems": problems}, indent=1)
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path, text.getvalue())
+            parts = {"rows": self.rows, "problems": self.problems}
+            write_json(path, {name: list(map(asdict, part)) for name, part in parts.items()}, indent=1)
+        else:
+            write_csv(path, [field.name for field in fields(Row)], map(astuple, self.rows))

@@ -1,13 +1,11 @@
 """Figures of an evaluation as text, as CSV, and published ones to set beside them."""
 
-import csv
-import io
 import json
 from pathlib import Path
 
 import yaml
 
-from spgdd.files import write_text
+from spgdd.files import write_csv
 
 COLUMNS = yaml.safe_load(Path(__file__).with_name("columns.yaml").read_text(encoding="utf-8"))
 MAP, TEXT = COLUMNS["map"], COLUMNS["text"]  # heading of a column: its metric
@@ -53,11 +51,9 @@ def _cell(value: dict | None) -> str:
     return f"{value['mean']:.1f}" + ("" if value["std"] is None else f" ± {value['std']:.1f}")
 
 
-def write_csv(path: str | Path, runs: list[dict]) -> Path:
+def write_runs(path: str | Path, runs: list[dict]) -> Path:
     """Write a line for each run of ``evaluate``."""
     keys = ["variant"] * bool(runs[0].get("variant")) + ["subset", "product", "shots", "seed"]
-    metrics, lines = list(runs[0]["metrics"]), io.StringIO()
-    writer = csv.writer(lines)
-    writer.writerow([*keys, *metrics])
-    writer.writerows([*(run[key] for key in keys), *(run["metrics"][metric] for metric in metrics)] for run in runs)
-    return write_text(path, lines.getvalue())
+    metrics = list(runs[0]["metrics"])
+    rows = ([*(run[key] for key in keys), *(run["metrics"][metric] for metric in metrics)] for run in runs)
+    return write_csv(path, [*keys, *metrics], rows)

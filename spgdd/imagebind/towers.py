@@ -137,10 +137,6 @@ class PositionEmbedding(nn.Module):
         return torch.cat([cls_row, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def prepend_cls(cls_token: Tensor, tokens: Tensor) -> Tensor:
-    return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, 1+N, D)
-
-
 class GridPreprocessor(nn.Module):
     """Image-like input (B, C, H, W) -> CLS and patch tokens with positions, (B, 1+N, D)."""
 
@@ -154,7 +150,7 @@ class GridPreprocessor(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         tokens = self.get_submodule(self.stem_name)(inputs)  # (B, gh, gw, D)
         positions = self.pos_embedding_helper(tuple(tokens.shape[1:3]))
-        return prepend_cls(self.cls_token, tokens.flatten(1, 2)) + positions
+        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens.flatten(1, 2)], dim=1) + positions
 
 
 class IMUPreprocessor(nn.Module):
@@ -169,7 +165,8 @@ class IMUPreprocessor(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         windows = signal.unfold(-1, IMU_WINDOW, IMU_WINDOW).transpose(1, 2)  # (B, 250, 6, 8)
-        return prepend_cls(self.cls_token, self.imu_stem(windows.flatten(2))) + self.pos_embed
+        tokens = self.imu_stem(windows.flatten(2))  # (B, 250, D)
+        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.pos_embed
 
 
 class TextPreprocessor(nn.Module):

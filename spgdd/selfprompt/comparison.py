@@ -1,11 +1,12 @@
-"""The comparison of a picture with the memory and with the words, joined as one probability of a defect."""
+"""What memory and words say of each patch, joined as one probability of a defect, and the map that it becomes."""
 
 from math import log2
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spgdd.selfprompt.focuser import TEMPERATURE
+from spgdd.selfprompt.focuser import TEMPERATURE, enlarge, over_taps
 
 EPSILON = 1e-6  # probabilities keep this distance from 0 and 1
 SURE = 20.0  # the words' log-odds count up to here
@@ -52,3 +53,30 @@ class Comparison(nn.Module):
 def probability(logits: Tensor) -> Tensor:
     """Log-odds -> probability within (EPSILON, 1 - EPSILON), so that no two pictures tie at the end."""
     return logits.sigmoid().clamp(EPSILON, 1 - EPSILON)
+
+
+class Evidence(NamedTuple):
+    """Patch values (B, C, G, G) float32 before they are enlarged.
+
+    kind "distance": C = 1, to the nearest normal patch, 0 to 2 (AnomalyGPT's few-shot map). "log-odds": C = 1, of
+    memory and words joined. "words": C = 2 L, the logits of normal and abnormal at each of L taps; ``tap_weights``
+    (L,) are those of the taps, None: equal.
+    """
+
+    values: Tensor
+    kind: str
+    tap_weights: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "Evidence":
+        """Of some of the B images."""
+        return self._replace(values=self.values[rows])
+
+    def map(self, patch: int = 14) -> Tensor:
+        """Anomaly map (B, 1, S, S) float32, higher where stranger: 0 to 2 of distances, else a probability.
+
+        S = G * ``patch``. Values are enlarged first and turned into probabilities then, as AnomalyGPT does.
+        """
+        pixels = enlarge(self.values, patch)
+        if self.kind == "words":
+            return over_taps(pixels.unflatten(1, (-1, 2)).softmax(2), self.tap_weights)
+        return probability(pixels) if self.kind == "log-odds" else pixels

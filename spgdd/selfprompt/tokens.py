@@ -1,4 +1,4 @@
-"""Memory tokens of the MSSPMM: what the language model is told about the comparison with normal images."""
+"""Prompt tokens: what the language model is told of the map, and of the comparison with normal images."""
 
 from math import isqrt
 
@@ -6,12 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CHANNELS = (4, 16, 64, 256, 1024)  # of the prompt learner's convolutions in AnomalyGPT
 CELLS = 3  # side of the grid of places that answers speak of: "top left" to "bottom right"
 SPREAD = 0.02  # standard deviation of LLaMA's token embeddings, and of these tokens before training
 
 
+class PromptLearner(nn.Module):
+    """Anomaly map (B, 1, 224, 224), about 0 to 1 -> prompt tokens (B, 18, H) for a language model of width H.
+
+    The first 9 tokens are learned and the same for every image; the other 9 describe the cells of a 3x3 grid
+    over the map, row by row. ``channels`` are those of the five convolutions, by default AnomalyGPT's.
+    """
+
+    def __init__(self, hidden: int, channels: tuple[int, ...] = CHANNELS):
+        super().__init__()
+        self.base_prompts = nn.Parameter(torch.randn(CELLS**2, hidden) * SPREAD)
+        channels = (1, *channels)
+        stages: list[nn.Module] = []
+        for inner, outer in zip(channels, channels[1:], strict=False):
+            stages += [nn.Conv2d(inner, outer, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.meta_net = nn.Sequential(*stages, nn.Conv2d(channels[-1], hidden, 5))
+
+    def forward(self, anomaly_map: Tensor) -> Tensor:
+        cells = self.meta_net(anomaly_map).flatten(2).transpose(1, 2)  # (B, H, 3, 3) -> (B, 9, H)
+        return torch.cat([self.base_prompts.expand(len(cells), -1, -1), cells], dim=1)
+
+
 class MemoryTokens(nn.Module):
-    """T tokens on the most anomalous patches, most anomalous first, then C on the bank as a whole.
+    """Memory tokens of the MSSPMM: T on the most anomalous patches, strangest first, then C on the bank as a whole.
 
     A token is a learned base, plus what it reports where there is a bank; without one the base alone says so. Both
     kinds look at the last tap, whose differences tell kinds of defects apart better than those of all taps together.
