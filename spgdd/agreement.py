@@ -2,7 +2,7 @@
 
 import re
 
-from spgdd.data.grammar import KINDS
+from spgdd.data.grammar import KINDS, TYPES, base, is_specific
 
 
 def any_word(*patterns: str) -> re.Pattern:
@@ -10,13 +10,15 @@ def any_word(*patterns: str) -> re.Pattern:
     return re.compile(rf"\b(?:{'|'.join(sorted(patterns, key=len, reverse=True))})\b", re.IGNORECASE)
 
 
-NAMES = {re.escape(kind[form]) for kind in KINDS.values() for form in ("one", "many") if form in kind}
+# Every way to name a kind of defect: the type that it belongs to. Of two types with one name the first counts.
+FORMS = {KINDS[name][form]: base(name) for name in reversed((*TYPES, *KINDS)) if is_specific(name)
+         for form in ("one", "many")}  # fmt: skip
 FAULT = r"(?:anomal|defect|damage|flaw|fault|problem)\w*"
 ASKS = any_word("is", "are", "was", "were", "does", "do", "did", "has", "have", "can", "could", "any")
 DEFECT = any_word(FAULT, "wrong", "broken", "bad", "abnormal", r"reject\w*")
 GOOD = any_word("good", "ok", "okay", "normal", "intact", "fine", "flawless", "perfect", "acceptable", "undamaged",
                 f"(?:without|free of) (?:an? |any )?{FAULT}")  # fmt: skip
-KIND = any_word(*NAMES)
+KIND = any_word(*map(re.escape, FORMS))
 NOTHING = any_word("no", "nothing", "without", "free of", "not (?:defective|damaged|broken|faulty)")
 
 

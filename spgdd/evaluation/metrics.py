@@ -3,7 +3,6 @@
 A metric is None where it is not defined, for example an AUROC without a good picture.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 
@@ -11,20 +10,13 @@ import numpy as np
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
-from spgdd.agreement import any_word, says_defective
-from spgdd.data.grammar import KINDS, TYPES, base, is_specific
+from spgdd.agreement import FORMS, KIND, any_word, says_defective
+from spgdd.data.grammar import base
 from spgdd.places import PLACES
 
 BINS = 0x7C01  # the float16 numbers from 0 to infinity; their bit patterns rise with them
 FALSE_POSITIVES = 0.3  # PRO is integrated up to this share of good pixels
-
-FORMS = {}  # every way to name a kind of defect: the type that it belongs to
-for _name in filter(is_specific, (*TYPES, *KINDS)):
-    for _form in (KINDS[_name]["one"], KINDS[_name]["many"]):
-        FORMS.setdefault(_form, base(_name))
-
-
-PLACE, KIND = any_word(*PLACES), any_word(*map(re.escape, FORMS))
+PLACE = any_word(*PLACES)
 
 
 def named_places(text: str) -> set[str]:

@@ -88,10 +88,8 @@ def folder_tasks(
     index = index.checked(row for part in parts.values() for rows in part for row in rows)
     for line in index.summary():
         report(line)
-    pictures = {}
-    for row in index.rows:
-        mask = index.folder / row.mask if row.mask else None
-        pictures[row.image] = Picture(row.image, index.folder / row.image, row.defect_type, mask)
+    place = lambda file: index.folder / file if file else None  # noqa: E731
+    pictures = {r.image: Picture(r.image, place(r.image), r.defect_type, place(r.mask)) for r in index.rows}
     names, tasks = VOCABULARY["spoken_names"] | (names or {}), []
     for (subset, product), part in parts.items():
         normals, queries = ([pictures[row.image] for row in rows if row.image in pictures] for rows in part)

@@ -156,24 +156,22 @@ class Vicuna(nn.Module):
         logits = self.llama_model.get_base_model().lm_head(hidden).float()  # (n, V)
         return F.cross_entropy(logits, wanted, reduction="sum"), (logits.detach().argmax(-1) == wanted).sum()
 
-    def generate(self, image_embedding: Tensor, question: str, history: Sequence[tuple[str, str]] = (),
-                 prompt_tokens: Tensor | None = None, max_new_tokens: int = 128, temperature: float = 0.0,
-                 top_p: float = 1.0) -> Answer:
-        """Answer one question.
-
-        `image_embedding` (J,) or (n, J): several inputs (images, thermal, audio) are projected each and summed.
-        `history` holds earlier (question, answer) pairs, `prompt_tokens` is (1, P, H) or None as in `forward_loss`.
-        Temperature 0 takes the likeliest token. The text comes without the marker that ends an answer. Raises
-        SpgddError for an empty question and for one that the model has no room for.
-        """
-        *_, answer = self.stream(image_embedding, question, history, prompt_tokens, max_new_tokens, temperature, top_p)
+    def generate(self, image_embedding: Tensor, question: str, *arguments, **options) -> Answer:
+        """Answer one question: what `stream`, which takes the same, ends with."""
+        *_, answer = self.stream(image_embedding, question, *arguments, **options)
         return answer
 
     @torch.no_grad()
     def stream(self, image_embedding: Tensor, question: str, history: Sequence[tuple[str, str]] = (),
                prompt_tokens: Tensor | None = None, max_new_tokens: int = 128, temperature: float = 0.0,
                top_p: float = 1.0) -> Iterator[Answer]:
-        """`generate` as it speaks: the answer so far after each token. Who stops listening stops it."""
+        """Answer one question, piece by piece: the answer so far after each token. Who stops listening stops it.
+
+        `image_embedding` (J,) or (n, J): several inputs (images, thermal, audio) are projected each and summed.
+        `history` holds earlier (question, answer) pairs, `prompt_tokens` is (1, P, H) or None as in `forward_loss`.
+        Temperature 0 takes the likeliest token. The text comes without the marker that ends an answer. Raises
+        SpgddError for an empty question and for one that the model has no room for.
+        """
         vector = self._project(image_embedding).sum(dim=0, keepdim=True)  # (1, H)
         prompt = self._prompt(vector, fold_history(history, question), prompt_tokens)
         for _, ids, yes in self._spoken([prompt], max_new_tokens, temperature, top_p):
