@@ -231,14 +231,12 @@ def align(corner_map: Tensor, patch: int = PATCH) -> Tensor:
 
 def sample(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Values (R, C) at fractional row and column numbers (P,) and (Q,), edges continued: float32 (P, Q), bilinear."""
-    return _sample_rows(_sample_rows(values, rows).T, columns).T
-
-
-def _sample_rows(values: Tensor, position: Tensor) -> Tensor:
-    position = position.clamp(0, len(values) - 1)
-    low = position.long().clamp(max=len(values) - 2)
-    share = (position - low).float()[:, None]
-    return values[low] * (1 - share) + values[low + 1] * share
+    for position in (rows, columns):
+        position = position.clamp(0, len(values) - 1)
+        low = position.long().clamp(max=len(values) - 2)
+        share = (position - low).float()[:, None]
+        values = (values[low] * (1 - share) + values[low + 1] * share).T  # the other axis comes first
+    return values
 
 
 def _whole_pixels(low: float, high: float, length: int) -> tuple[int, int]:

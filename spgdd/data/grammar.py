@@ -82,10 +82,6 @@ def share_words(area: float) -> str:
     return f"about {percent} percent"
 
 
-def contrast_word(contrast: float) -> str:
-    return "faint" if contrast < FAINT else "easy to see" if contrast > STRONG else "visible"
-
-
 def shape_words(defect: dict) -> str:
     """The shape if it is given, else what the box tells."""
     if "shape" in defect:

@@ -100,7 +100,8 @@ def facts(defects: list[dict], middle: str | None = None) -> dict:
     if all(grammar.is_specific(d["type"]) for d in defects):
         known["a_kind"] = a(kind["one"])
     if "contrast" in worst:
-        known["contrast"] = grammar.contrast_word(worst["contrast"])
+        faint, strong = worst["contrast"] < grammar.FAINT, worst["contrast"] > grammar.STRONG
+        known["contrast"] = "faint" if faint else "easy to see" if strong else "visible"
     if "severity" in worst:
         known["severity"] = worst["severity"]
         known["grade"] = f" It is {a(worst['severity'])} defect."

@@ -14,7 +14,7 @@ import torch
 from spgdd.errors import DataError, SpgddError
 from spgdd.files import read_json
 from spgdd.profiles import get_profile
-from spgdd.selfprompt import Comparison, Memory
+from spgdd.selfprompt import Memory
 
 PARTS = ("comparison", "focus", "memory_tokens", "abnormal_prompts")  # modules that a model can do without
 NUMBERS = ("gates", "fusion")  # learned numbers of the memory that can be set back
@@ -52,9 +52,8 @@ def load_variant(switches: dict, profile: str, **options):
 def ablate(model, scales: Sequence[int] | None = None, **switches):
     """Change a loaded ``SPGDD`` in place and return it.
 
-    scales: keep only these. A name of PARTS: False takes the module out. comparison=True: the maps of memory and words
-    are joined where they are not, with all taps trusted alike. gates=False: ones; fusion=False: equal weights.
-    OPTIONS: see ``spgdd.profiles.Profile``. Raises SpgddError for a switch or a scale that is not there.
+    scales: keep only these. A name of PARTS: False takes the module out. gates=False: ones; fusion=False: equal
+    weights. OPTIONS: see ``spgdd.profiles.Profile``. Raises SpgddError for a switch or a scale that is not there.
     """
     if unknown := set(switches) - {*PARTS, *NUMBERS, *OPTIONS}:
         raise SpgddError(f"no switch {', '.join(sorted(unknown))}; there are {', '.join(SWITCHES)}.")
@@ -69,11 +68,6 @@ def ablate(model, scales: Sequence[int] | None = None, **switches):
     for name in PARTS:
         if not switches.get(name, True):
             setattr(model, name, None)
-    if switches.get("comparison") and model.comparison is None:
-        model.require_words()
-        taps = len(model.memory.gates)
-        model.comparison = Comparison(taps).to(model.device)
-        model.comparison.trust.fill_(1 / taps)
     if not switches.get("gates", True):
         model.memory.gates.fill_(1)
     if not switches.get("fusion", True):
