@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from imagebind_senses import WHOLE, AllSenses
 from spgdd.cli.checks import run_checks
-from spgdd.imagebind import HUGE, MODALITIES, load_imagebind
+from spgdd.imagebind import MODALITIES, load_imagebind
 from spgdd.weights.verify import status
 from write_standins import standin
 
@@ -37,7 +38,7 @@ def main(folder: Path, device: str) -> None:
     start = step("stand-ins", start)
     print({row.path: row.state for name in (*PARTS, "vicuna-7b-v0") for row in status(name, folder)})
 
-    model = load_imagebind(folder / "imagebind_ckpt/imagebind_huge.pth", HUGE, MODALITIES)
+    model = load_imagebind(folder / "imagebind_ckpt/imagebind_huge.pth", WHOLE, MODALITIES, kind=AllSenses)
     count = sum(value.numel() for value in model.state_dict().values())
     assert count == 1_200_781_057 + 5_933 and not any(value.is_meta for value in model.state_dict().values())
     del model

@@ -25,6 +25,7 @@ from torch import nn
 from torch.serialization import skip_data
 from tqdm.auto import tqdm
 
+from imagebind_senses import WHOLE, AllSenses
 from spgdd.errors import WeightsError
 from spgdd.files import whole_file, write_json
 from spgdd.imagebind import HUGE, MODALITIES, ImageBind
@@ -104,7 +105,7 @@ def bundle_specs(bundle: Bundle) -> dict[str, Spec]:
     hidden, intermediate, layers = LLAMA[bundle.contents.get("size", "7b")]
     if kind == "imagebind":
         with torch.device("meta"):
-            return _specs_of(ImageBind(HUGE, MODALITIES), torch.float32)
+            return _specs_of(AllSenses(WHOLE, MODALITIES), torch.float32)
     if kind == "pandagpt":
         specs = {f"llama_model.base_model.model.model.layers.{layer}.self_attn.{x}_proj.lora_{ab}.default.weight":
                  (half, (32, hidden) if ab == "A" else (hidden, 32))

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import FIXTURES, check
+from imagebind_senses import WHOLE, AllSenses, SensesConfig
 from spgdd.errors import WeightsError
-from spgdd.imagebind import HUGE, MINI, MODALITIES, ImageBind, ImageBindConfig, TowerConfig, load_imagebind, towers
+from spgdd.imagebind import MINI, MODALITIES, ImageBind, TowerConfig, load_imagebind, towers
 
 TINY = FIXTURES / "tiny_imagebind"
 WEIGHTS = TINY / "state_dict.safetensors"
@@ -29,7 +30,7 @@ def facts():
 def config(facts):
     names = ("embed_dim", "num_blocks", "num_heads")
     sizes = {m: TowerConfig(*(facts[m][name] for name in names)) for m in MODALITIES}
-    return ImageBindConfig(
+    return SensesConfig(
         vision=sizes.pop("vision"),
         text=sizes.pop("text"),
         joint=facts["out_embed_dim"],
@@ -44,7 +45,7 @@ def config(facts):
 
 @pytest.fixture(scope="module")
 def tiny(config):
-    return load_imagebind(WEIGHTS, config, MODALITIES)
+    return load_imagebind(WEIGHTS, config, MODALITIES, kind=AllSenses)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_patch_tokens_match_anomalygpt(tiny, inputs, expected):
 
 def test_encode_image_reads_the_configured_taps(config, tiny, inputs):
     every = tiny.encode_image(inputs["vision"]).patches
-    two = load_imagebind(WEIGHTS, ImageBindConfig(**(vars(config) | {"taps": (1, 3)})))
+    two = load_imagebind(WEIGHTS, SensesConfig(**(vars(config) | {"taps": (1, 3)})))
     assert torch.equal(two.encode_image(inputs["vision"]).patches, every[:, [1, 3]])
 
 
@@ -155,7 +156,7 @@ def test_text_shorter_than_the_context(tiny, inputs):
 def test_huge_state_dict_is_the_published_one():
     reference = json.loads((FIXTURES / "imagebind_huge_keys.json").read_text())
     with torch.device("meta"):
-        model = ImageBind(HUGE, MODALITIES)
+        model = AllSenses(WHOLE, MODALITIES)
     state = model.state_dict()
     assert list(state) == list(reference["keys"])
     for key, value in state.items():
@@ -166,7 +167,7 @@ def test_huge_state_dict_is_the_published_one():
     assert sum(b.numel() for b in model.buffers()) == reference["num_buffer_elems"]
     for tower, numbers in reference["params_per_tower"].items():
         with torch.device("meta"):
-            alone = ImageBind(HUGE, [tower])
+            alone = AllSenses(WHOLE, [tower])
         assert sum(p.numel() for p in alone.parameters()) == numbers["total_params"]
         assert all(f".{tower}." in key for key in alone.state_dict())
 
@@ -203,7 +204,7 @@ def test_unknown_or_unbuilt_towers_are_refused(config, inputs):
     with pytest.raises(ValueError, match="no 'smell' tower"):
         ImageBind(config, ["vision", "smell"])
     with pytest.raises(ValueError, match="ask for 'audio' in `modalities`"):
-        ImageBind(config).encode("audio", inputs["audio"])
+        AllSenses(config).encode("audio", inputs["audio"])
 
 
 # Files
@@ -215,7 +216,7 @@ def pth_copy(folder):
 
 
 def test_pth_and_safetensors_give_the_same_frozen_model(config, tiny, tmp_path):
-    model = load_imagebind(str(pth_copy(tmp_path)), config, MODALITIES)
+    model = load_imagebind(str(pth_copy(tmp_path)), config, MODALITIES, kind=AllSenses)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     for key, value in model.state_dict().items():
         assert torch.equal(value, tiny.state_dict()[key]), key
@@ -223,7 +224,7 @@ def test_pth_and_safetensors_give_the_same_frozen_model(config, tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, config, tiny, inputs):
-    model = load_imagebind(WEIGHTS, config, MODALITIES, dtype=dtype)
+    model = load_imagebind(WEIGHTS, config, MODALITIES, dtype=dtype, kind=AllSenses)
     assert {value.dtype for value in model.state_dict().values()} == {dtype}
     for name in INPUTS:  # float32 inputs are converted
         modality = name.split("_")[0]
@@ -235,9 +236,9 @@ def test_half_precision(dtype, config, tiny, inputs):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_towers_not_asked_for_are_never_read(suffix, config, tmp_path):
-    config = ImageBindConfig(**(vars(config) | {"others": {"audio": BIG, "thermal": BIG}}))
+    config = SensesConfig(**(vars(config) | {"others": {"audio": BIG, "thermal": BIG}}))
     path = tmp_path / f"full{suffix}"
-    state = ImageBind(config, ("vision", "text", "audio", "thermal")).state_dict()
+    state = AllSenses(config, ("vision", "text", "audio", "thermal")).state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     del state
     assert path.stat().st_size > 100e6
@@ -276,7 +277,7 @@ def test_tensors_that_do_not_fit_are_named(config, tmp_path):
     ):
         assert part in str(error.value)
     with pytest.raises(WeightsError, match="1 missing, such as modality_heads.audio.2.weight"):
-        load_imagebind(path, config, ["audio"])
+        load_imagebind(path, config, ["audio"], kind=AllSenses)
     with pytest.raises(WeightsError, match=r"\d\d missing.*of another shape"):
         load_imagebind(WEIGHTS, MINI)
 

@@ -1,12 +1,11 @@
 """Sizes of the ImageBind towers, the published "huge" model and the mini one of this course, and what they return."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-MODALITIES = ("vision", "text", "audio", "depth", "thermal", "imu")
+MODALITIES = ("vision", "text", "audio", "depth", "thermal", "imu")  # of the published file
 
 
 class ImageFeatures(NamedTuple):
@@ -33,28 +32,10 @@ class ImageBindConfig:
     vocab_size: int = 49408  # text tokens, the last two being start and end of text
     context: int = 77  # length of a text in tokens
     taps: tuple[int, ...] = (7, 15, 23, 31)  # vision blocks (from 0) whose outputs are the patch tokens
-    others: Mapping[str, TowerConfig] = field(default_factory=dict, hash=False)  # audio, depth, thermal, imu
-
-    def tower(self, modality: str) -> TowerConfig:
-        """Sizes of one tower; raises ValueError for a modality that this configuration does not describe."""
-        towers = {"vision": self.vision, "text": self.text, **self.others}
-        if modality not in towers:
-            raise ValueError(f"this ImageBind has no {modality!r} tower, only {', '.join(towers)}")
-        return towers[modality]
 
 
 # Sizes of imagebind_huge.pth (Girdhar et al. 2023, "ImageBind: One Embedding Space To Bind Them All").
-HUGE = ImageBindConfig(
-    vision=TowerConfig(1280, 32, 16),
-    text=TowerConfig(1024, 24, 16),
-    others={
-        "audio": TowerConfig(768, 12, 12),
-        "depth": TowerConfig(384, 12, 8),
-        "thermal": TowerConfig(768, 12, 12),
-        "imu": TowerConfig(512, 6, 8),
-    },
-)
-
+HUGE = ImageBindConfig(vision=TowerConfig(1280, 32, 16), text=TowerConfig(1024, 24, 16))
 MINI = ImageBindConfig(
     vision=TowerConfig(256, 8, 4),
     text=TowerConfig(192, 4, 4),

@@ -42,8 +42,3 @@ def normalise(pixels: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, 
 def preprocess(images: Iterable[Image.Image], fit: str = "crop", size: int = 224) -> Tensor:
     """Pictures -> float32 (B, 3, size, size) for ``ImageBind.encode_image``."""
     return normalise(torch.stack([to_pixels(image, fit, size) for image in images]))
-
-
-def preprocess_thermal(images: Iterable[Image.Image]) -> Tensor:
-    """Thermal pictures -> float32 (B, 1, 224, 224) in 0..1 for ``ImageBind.encode("thermal", ...)``."""
-    return torch.stack([to_pixels(image, mode="L") for image in images]).float() / 255

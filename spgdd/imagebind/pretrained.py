@@ -6,7 +6,7 @@ import torch
 
 from spgdd.errors import WeightsError
 from spgdd.imagebind.config import MODALITIES, ImageBindConfig
-from spgdd.imagebind.towers import ImageBind
+from spgdd.imagebind.towers import PARTS, ImageBind
 from spgdd.tensors import read_tensors
 
 
@@ -16,6 +16,7 @@ def load_imagebind(
     modalities=("vision", "text"),
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    kind: type[ImageBind] = ImageBind,
 ) -> ImageBind:
     """The towers asked for, frozen and in eval mode, from a .pth or .safetensors file; others stay on disk.
 
@@ -23,10 +24,9 @@ def load_imagebind(
     Raises WeightsError when the file cannot be read or its tensors do not fit ``config``.
     """
     with torch.device("meta"):
-        model = ImageBind(config, modalities)
+        model = kind(config, modalities)
     wanted, state = model.state_dict(), read_tensors(path)
-    parts = ("preprocessors", "trunks", "heads", "postprocessors")
-    left_out = tuple(f"modality_{p}.{m}." for p in parts for m in MODALITIES if m not in model.modalities)
+    left_out = tuple(f"{part}.{m}." for part in PARTS for m in MODALITIES if m not in model.modalities)
     problems = {
         "missing": [key for key in wanted if key not in state],
         "unexpected": [key for key in state if key not in wanted and not key.startswith(left_out)],
