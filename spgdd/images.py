@@ -21,6 +21,7 @@ DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of grey w
 TAILS = 0.001  # share of deep grey's pixels at either end that its range leaves out: hot and dead ones
 STRIP = 1 << 22  # pixels converted at a time, so that memory holds little beside the picture
 ORIENTATION = 0x0112  # number of the EXIF entry
+JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
@@ -108,16 +109,18 @@ def list_images(paths) -> list[Path]:
         else:
             found.append(Path(path))
             continue
-        files = [file for file in matches if file.suffix.lower() in SUFFIXES and not hidden(file, Path(path))]
+        given = Path(path).parts
+        files = [file for file in matches if file.suffix.lower() in SUFFIXES
+                 and not any(is_junk(part) for part in file.parts if part not in given)]  # fmt: skip
         if not files:
             raise ImageError(f"{path}: no picture in here. Sub-folders are not searched: name one.")
         found += sorted(files, key=_natural)
     return found
 
 
-def hidden(path: Path, below: Path) -> bool:
-    """Whether programs left a file behind, by a part of its path that the folder or pattern does not name."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts if part not in below.parts)
+def is_junk(name: str) -> bool:
+    """Whether systems and programs leave files and folders of this name behind."""
+    return name[0] == "." or name.lower() in JUNK
 
 
 def _natural(path: Path) -> list:

@@ -18,10 +18,9 @@ from spgdd.data.layouts import KNOWN, SPLITS, Found, is_mask, is_picture, recogn
 from spgdd.data.masks import mask_files, read_mask
 from spgdd.data.table import SHOWN, Index, Problem, Row
 from spgdd.errors import DataError, ImageError
-from spgdd.images import read_header
+from spgdd.images import is_junk, read_header
 
 MVTEC_PRODUCTS = set(KNOWN["mvtec"])
-JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}  # what systems leave, and names with a dot
 
 
 def index_folder(folder: str | Path, split_csv: str | Path | None = None, check: bool = True) -> Index:
@@ -61,7 +60,7 @@ def _walk(folder: Path) -> tuple[list[str], list[Problem]]:
         for name in sorted(folders):
             path = Path(base, name)
             shown, real = path.relative_to(folder).as_posix(), os.path.realpath(path)
-            if _is_junk(name):
+            if is_junk(name):
                 continue
             if path.is_symlink() and (real in seen or f"{real}/".startswith(f"{top}/") or top.startswith(f"{real}/")):
                 problems.append(Problem("skipped", shown, f"a link to {seen.get(real, real)}, which is read there", 0))
@@ -69,12 +68,8 @@ def _walk(folder: Path) -> tuple[list[str], list[Problem]]:
             seen[real] = shown
             visible.append(name)
         folders[:] = visible
-        files += [Path(base, name).relative_to(folder).as_posix() for name in sorted(names) if not _is_junk(name)]
+        files += [Path(base, name).relative_to(folder).as_posix() for name in sorted(names) if not is_junk(name)]
     return files, problems
-
-
-def _is_junk(name: str) -> bool:
-    return name[0] == "." or name.lower() in JUNK
 
 
 def _row(folder: Path, found: Found) -> tuple[Row | None, Problem | None]:

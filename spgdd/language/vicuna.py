@@ -137,7 +137,7 @@ class Vicuna(nn.Module):
             raise SpgddError(f"No answer is left in this batch after the cut to {max_length} tokens. Raise max_length "
                              "or shorten the questions.")
         ids = self._pad([ids for ids, _ in rows], self.tokenizer.eos, length - first)  # (B, T)
-        places, wanted = self._beside(torch.tensor(learned)).unbind(1)  # (n,), (n,)
+        places, wanted = to_device(torch.tensor(learned), ids.device).unbind(1)  # (n,), (n,)
         embeds = torch.cat([prefix, self._embeddings(ids)], dim=1)  # (B, S, H)
         half = embeds.dtype != torch.float32
         with torch.autocast(embeds.device.type, embeds.dtype, half):
@@ -201,11 +201,8 @@ class Vicuna(nn.Module):
     def _pad(self, rows: list[list[int]], value: int, length: int = 0) -> Tensor:
         """Rows of ids to (B, T), padded on the right, T at least `length`."""
         padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)
-        return self._beside(F.pad(padded, (0, max(0, length - padded.shape[1])), value=value))
-
-    def _beside(self, tensor: Tensor) -> Tensor:
-        """A small tensor beside the token embeddings."""
-        return to_device(tensor, self._embeddings.weight.device)
+        padded = F.pad(padded, (0, max(0, length - padded.shape[1])), value=value)
+        return to_device(padded, self._embeddings.weight.device)
 
     def _embed(self, text_or_ids: str | list[int], batch: int = 1) -> Tensor:
         """Embeddings (batch, T, H) of the same text or ids in each row."""
