@@ -9,7 +9,7 @@ The published file holds all of them, so stand-ins for it do too, and tests comp
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -100,25 +100,27 @@ class FixedScale(nn.Module):
 class AllSenses(ImageBind):
     """ImageBind of a ``SensesConfig``; ``modalities`` are names out of ``spgdd.imagebind.MODALITIES``."""
 
-    def build_tower(self, modality: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    def build_tower(self, modality: str) -> Iterator[nn.Module]:
         if modality not in self.config.others:
             preprocessor, *rest = super().build_tower(modality)
             if modality == "vision":
                 preprocessor.rgbt_stem = ClipStem(self.config.vision.width, self.config.patch)
-            return preprocessor, *rest
+            yield from (preprocessor, *rest)
+            return
         size = self.config.others[modality]
         if modality == "imu":
-            preprocessor = IMUPreprocessor(size.width)
+            yield IMUPreprocessor(size.width)
         else:
             stem = MapStem(size.width, stride=10 if modality == "audio" else 16)
             name = "depth_stem" if modality == "depth" else "rgbt_stem"
-            preprocessor = GridPreprocessor(size.width, name, stem, PATCH_GRIDS[modality])
+            yield GridPreprocessor(size.width, name, stem, PATCH_GRIDS[modality])
         trunk = Trunk(size, pre_norm=False)
         for block in trunk.blocks:
             block.attn = BiasedAttention(size.width, size.heads)
+        yield trunk
         unused = [nn.Identity()] * (2 if modality == "imu" else 1)  # CLS token picked; imu: dropout
-        head = nn.Sequential(LayerNorm(size.width), *unused, nn.Linear(size.width, self.config.joint, bias=False))
-        return preprocessor, trunk, head, nn.Sequential(nn.Identity(), FixedScale(LOGIT_SCALES[modality]))
+        yield nn.Sequential(LayerNorm(size.width), *unused, nn.Linear(size.width, self.config.joint, bias=False))
+        yield nn.Sequential(nn.Identity(), FixedScale(LOGIT_SCALES[modality]))
 
     def encode(self, modality: str, inputs: Tensor) -> Tensor:
         """Embedding (B, J) of any modality: unit length for vision, else as long as its logit scale.

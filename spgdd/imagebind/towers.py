@@ -7,6 +7,7 @@ The published file holds four senses more, which SPGDD-GPT does not use: scripts
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -169,25 +170,31 @@ class ImageBind(nn.Module):
         self.config, self.modalities = config, tuple(modalities)
         self.taps, self.width, self.joint = len(config.taps), config.vision.width, config.joint
         towers = {modality: self.build_tower(modality) for modality in modalities}
-        for number, part in enumerate(PARTS):
-            self.add_module(part, nn.ModuleDict({modality: tower[number] for modality, tower in towers.items()}))
+        for part in PARTS:  # in this order random weights are drawn
+            self.add_module(part, nn.ModuleDict({modality: next(tower) for modality, tower in towers.items()}))
 
-    def build_tower(self, modality: str) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-        """The PARTS of one tower. Index 0 of a postprocessor, scaling to unit length, and index 1 of the vision head,
-        picking the CLS token, have no parameters and are done in ``_run_tower``."""
+    def build_tower(self, modality: str) -> Iterator[nn.Module]:
+        """The PARTS of one tower, one after the other.
+
+        Without parameters are index 0 of a postprocessor, scaling to unit length, and index 1 of the vision head,
+        picking the CLS token: ``_run_tower`` does both.
+        """
         config, joint = self.config, self.config.joint
         if modality == "vision":
             width, side = config.vision.width, config.image_size // config.patch
-            preprocessor = GridPreprocessor(width, "rgbt_stem", VisionStem(width, config.patch), (side, side))
-            head = nn.Sequential(LayerNorm(width), nn.Identity(), nn.Linear(width, joint, bias=False))
-            return preprocessor, Trunk(config.vision, True), head, nn.Identity()
-        if modality == "text":
+            yield GridPreprocessor(width, "rgbt_stem", VisionStem(width, config.patch), (side, side))
+            yield Trunk(config.vision, pre_norm=True)
+            yield nn.Sequential(LayerNorm(width), nn.Identity(), nn.Linear(width, joint, bias=False))
+            yield nn.Identity()
+        elif modality == "text":
             width = config.text.width
-            preprocessor = TextPreprocessor(width, config.vocab_size, config.context)
+            yield TextPreprocessor(width, config.vocab_size, config.context)
+            yield Trunk(config.text, pre_norm=False)
             project = nn.Sequential(LayerNorm(width), nn.Linear(width, joint, bias=False))
-            head = nn.Sequential(OrderedDict(proj=project))
-            return preprocessor, Trunk(config.text, False), head, nn.Sequential(nn.Identity(), LogitScale())
-        raise ValueError(f"this ImageBind has no {modality!r} tower, only vision and text")
+            yield nn.Sequential(OrderedDict(proj=project))
+            yield nn.Sequential(nn.Identity(), LogitScale())
+        else:
+            raise ValueError(f"this ImageBind has no {modality!r} tower, only vision and text")
 
     @property
     def signature(self) -> list[Tensor]:
