@@ -17,12 +17,13 @@ if os.environ.get("REHEARSAL_T4"):  # a GPU without bfloat16
     torch.cuda.get_device_capability = lambda device=None: (7, 5)
 
 if os.environ.get("REHEARSAL_TOY"):
-    import spgdd.imagebind
-    import write_standins
-    from spgdd.imagebind import ImageBindConfig, TowerConfig
+    import spgdd.imagebind as imagebind
 
-    tiny = TowerConfig(32, 4, 2)
-    others = dict.fromkeys(("audio", "depth", "thermal", "imu"), tiny)
-    toy = ImageBindConfig(TowerConfig(64, 4, 2), tiny, joint=64, taps=(0, 1, 2, 3), others=others)
-    spgdd.imagebind.HUGE = write_standins.HUGE = toy
+    tiny = imagebind.TowerConfig(32, 4, 2)
+    imagebind.HUGE = imagebind.ImageBindConfig(imagebind.TowerConfig(64, 4, 2), tiny, joint=64, taps=(0, 1, 2, 3))
+
+    import write_standins  # which takes its sizes from there
+
+    others = dict.fromkeys(write_standins.WHOLE.others, tiny)
+    write_standins.WHOLE = type(write_standins.WHOLE)(**vars(imagebind.HUGE), others=others)
     write_standins.LLAMA["7b"], write_standins.SHARD_BYTES = (256, 352, 4), 25 * 10**6
