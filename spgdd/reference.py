@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -192,9 +193,19 @@ def digest_of(pixels: Tensor) -> str:
 
 
 def fingerprint(model: SPGDD) -> str:
-    """16 hex digits of the trained weights that maps are made with, the frozen vision tower's apart."""
-    total = hashlib.sha256(f"{model.profile.score_share} {model.profile.joint}".encode())
-    for part in (model.memory, model.comparison, model.image_decoder, model.abnormal_prompts):
-        for weights in part.parameters() if part is not None else ():
-            total.update(weights.detach().float().cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
+    """16 hex digits of the trained weights that maps are made with, the frozen vision tower's apart.
+
+    It takes as long as a diagnosis of several pictures, so it is kept until one of the weights is written to.
+    """
+    parts = (model.memory, model.comparison, model.image_decoder, model.abnormal_prompts)
+    weights = [weights for part in parts if part is not None for weights in part.parameters()]
+    state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in weights]
+    if _fingerprints.get(model, ([], None))[1] != state:
+        total = hashlib.sha256(f"{model.profile.score_share} {model.profile.joint}".encode())
+        for tensor in weights:
+            total.update(tensor.detach().float().cpu().numpy().tobytes())
+        _fingerprints[model] = weights, state, total.hexdigest()[:16]  # kept, lest others get their ids
+    return _fingerprints[model][2]
+
+
+_fingerprints: WeakKeyDictionary[SPGDD, tuple[list, list, str]] = WeakKeyDictionary()

@@ -14,7 +14,7 @@ from spgdd.diagnosis import Diagnoser
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.imagebind.preprocess import to_pixels
 from spgdd.loading import load_model
-from spgdd.reference import FORMAT, HELD_OUT, read_reference
+from spgdd.reference import FORMAT, HELD_OUT, fingerprint, read_reference
 from spgdd.tensors import read_sealed, write_tensors
 
 
@@ -369,3 +369,19 @@ def test_a_diagnosis_and_three_chat_turns_run_the_vision_tower_once_per_picture(
         talk = talk.ask(question, max_new_tokens=4)
     assert len(talk.history) == 3 and talk.anomaly_map.max() > 0 and talk._repr_html_()
     assert sum(seen) == 4
+
+
+def test_fingerprint_follows_every_change_of_the_weights_and_is_else_computed_once(monkeypatch):
+    model = load_model("mini", language=False)
+    first, gates = fingerprint(model), next(model.memory.parameters())
+    monkeypatch.setattr("hashlib.sha256", lambda *_: pytest.fail("hashed again"))
+    assert fingerprint(model) == first
+    monkeypatch.undo()
+    with torch.no_grad():
+        before = gates.clone()
+        gates.add_(1.0)
+        assert fingerprint(model) != first
+        gates.copy_(before)
+        assert fingerprint(model) == first
+    gates.data = before + 1
+    assert fingerprint(model) != first
