@@ -178,14 +178,13 @@ class SPGDD(nn.Module):
 
     @torch.no_grad()
     def evidence(
-        self, patches: Tensor, product: str = "object", bank: MemoryBank | None = None, without: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-    ) -> Evidence:  # fmt: skip
+        self, patches: Tensor, product: str = "object", bank: MemoryBank | None = None, without: Tensor | None = None
+    ) -> Evidence:
         """What speaks for a defect at each of the patches (B, L, N, D).
 
         Without a bank it comes from the product's name; with one from the normal pictures too. ``without`` (B,): the
-        normal picture, by its number in the bank, that each image is not compared with. ``grid``: rows and columns of
-        patches, None: a square; another takes a bank at scale 1 alone. Raises SpgddError without a bank and words.
+        normal picture, by its number in the bank, that each image is not compared with. Raises SpgddError without a
+        bank and words.
         """
         if bank is None:
             self.require_words()
@@ -200,32 +199,27 @@ class SPGDD(nn.Module):
                 left_out = without[rows].to(self.device)[:, None, None, None]
                 barred = bank.origin.to(self.device) == left_out  # (B, L, S, M)
             words = None if anchors is None else word_evidence(self.image_decoder(some), anchors)
-            found.append(self.few_shot(some, words, bank.tokens[None], normals, barred, grid))
+            found.append(self.few_shot(some, words, bank.tokens[None], normals, barred))
         return found[0]._replace(values=torch.cat([one.values for one in found]))
 
     def few_shot(
-        self, patches: Tensor, words: Tensor | None, tokens: Tensor, normals: int, barred: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-    ) -> Evidence:  # fmt: skip
+        self, patches: Tensor, words: Tensor | None, tokens: Tensor, normals: int, barred: Tensor | None = None
+    ) -> Evidence:
         """Evidence of patches (B, L, N, D) against G banks of ``normals`` pictures; see ``Memory.compare``.
 
         ``words`` (B, L, N) is ``word_evidence``, needed where the profile joins both.
         """
         fused = self.memory.fuse(self.memory.compare(patches, tokens, barred)[0])  # (B, N)
         if self.comparison is None:
-            return Evidence(on_grid(fused, grid)[:, None], "distance")
-        return Evidence(on_grid(self.comparison(fused, words, normals), grid)[:, None], "log-odds")
+            return Evidence(on_grid(fused)[:, None], "distance")
+        return Evidence(on_grid(self.comparison(fused, words, normals))[:, None], "log-odds")
 
     def anomaly_map(
-        self,
-        features: ImageFeatures,
-        product: str = "object",
-        bank: MemoryBank | None = None,
+        self, features: ImageFeatures, product: str = "object", bank: MemoryBank | None = None,
         without: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The map (B, 1, H, W) float32 of ``evidence``, higher where stranger."""
-        return self.evidence(features.patches, product, bank, without, grid).map(self.profile.patch)
+        return self.evidence(features.patches, product, bank, without).map(self.profile.patch)
 
     # Prompt tokens
 

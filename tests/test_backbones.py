@@ -22,6 +22,7 @@ from spgdd.imagebind import ImageBind, ImageBindConfig, TowerConfig, normalise, 
 from spgdd.loading import load_model
 from spgdd.model import SPGDD
 from spgdd.profiles import get_profile
+from spgdd.selfprompt.focuser import enlarge
 from spgdd.views import align
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -94,7 +95,8 @@ def test_a_map_of_another_shape_than_a_square_equals_the_closed_form(root, diagn
     torch.manual_seed(1)
     normals, query, model = torch.randn(2, 3, 140, 350), torch.randn(1, 3, 140, 350), diagnoser.model
     bank = model.memory.build(model.vision.encode_image(normals).patches)
-    found = model.anomaly_map(model.vision.encode_image(query), bank=bank, grid=(10, 25))
+    distances, _ = model.memory.compare(model.vision.encode_image(query).patches, bank.tokens[None])
+    found = enlarge(model.memory.fuse(distances).view(1, 1, 10, 25))
     network = Dinov2Model.from_pretrained(root / "dinov2_ckpt/small").eval()
     check("dinov2 140 x 350.map", found[0, 0], map_by_hand(network, normals, query), atol=1e-5, rtol=0)
 

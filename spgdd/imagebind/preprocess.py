@@ -11,14 +11,14 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def to_pixels(image: Image.Image, fit: str = "crop", size: int = 224, mode: str = "RGB") -> Tensor:
-    """uint8 (3, size, size), or (1, size, size) for ``mode="L"``, the thermal variant.
+def to_pixels(image: Image.Image, fit: str = "crop", size: int = 224) -> Tensor:
+    """uint8 RGB (3, size, size).
 
     fit: "crop" resizes the short side to ``size`` and cuts out the centre (ImageBind); "squash" resizes both
     sides (AnomalyGPT's training and web demo). Both are PIL's antialiased bicubic. EXIF orientation and
     transparency are ignored: ``spgdd.images.read_image`` deals with both beforehand.
     """
-    image = image.convert(mode)
+    image = image.convert("RGB")
     if fit == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     elif fit == "crop":
@@ -29,8 +29,7 @@ def to_pixels(image: Image.Image, fit: str = "crop", size: int = 224, mode: str 
         image = image.crop((left, top, left + size, top + size))
     else:
         raise ValueError(f'fit {fit!r} is unknown; choose "crop" or "squash"')
-    pixels = torch.from_numpy(np.array(image)).view(size, size, -1)  # (S, S, C)
-    return pixels.permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (S, S, 3) -> (3, S, S)
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:

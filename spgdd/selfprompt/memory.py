@@ -106,9 +106,9 @@ class Memory(nn.Module):
             )
 
 
-def on_grid(values: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """Values of patches (..., N), row by row, -> (..., rows, columns) of a ``grid``, None: a square."""
-    return values.unflatten(-1, grid or (isqrt(values.shape[-1]),) * 2)
+def on_grid(values: Tensor) -> Tensor:
+    """Values of the patches of a square (..., N), row by row, -> (..., G, G)."""
+    return values.unflatten(-1, (isqrt(values.shape[-1]),) * 2)
 
 
 def rotations(images: Tensor) -> Tensor:
