@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from spgdd.errors import WeightsError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+CONTEXT = 77  # ids of a text
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
@@ -46,7 +47,7 @@ class TextTokenizer:
     ``merges``: lines of two symbols each. Without them it is CLIP's tokenizer of 49,408 entries.
     """
 
-    def __init__(self, merges: Sequence[str] | None = None, context: int = 77):
+    def __init__(self, merges: Sequence[str] | None = None):
         if merges is None:
             packed = files("spgdd.imagebind").joinpath("clip_merges.txt.gz").read_bytes()
             merges = gzip.decompress(packed).decode().splitlines()
@@ -58,27 +59,27 @@ class TextTokenizer:
                 raise WeightsError(f"{line!r} is not a BPE merge. `spgdd weights` restores the file.")
             vocab["".join(pair)] = len(vocab)
         self.start, self.end = len(vocab), len(vocab) + 1
-        self.vocab_size, self.context = len(vocab) + 2, context
+        self.vocab_size = len(vocab) + 2
         self._bpe = byte_pair_tokenizer(models.BPE(vocab, pairs, end_of_word_suffix=WORD_END))
         self._bpe.add_special_tokens([AddedToken(name, normalized=False) for name in (START, END)])
 
     @classmethod
-    def load(cls, folder: str | Path, context: int = 77) -> "TextTokenizer":
+    def load(cls, folder: str | Path) -> "TextTokenizer":
         """The tokenizer of a folder with ``merges.txt``; raises WeightsError where there is none."""
         path = Path(folder) / "merges.txt"
         if not path.is_file():
             raise WeightsError(f"There is no text tokenizer {path}. `spgdd weights` restores it.")
-        return cls(path.read_text(encoding="utf-8").splitlines(), context)
+        return cls(path.read_text(encoding="utf-8").splitlines())
 
     def __call__(self, texts: Sequence[str], legacy: bool = False) -> torch.Tensor:
-        """int64 ids (B, context), padded with 0. A text too long is cut, keeping its end-of-text id.
+        """int64 ids (B, 77), padded with 0. A text too long is cut, keeping its end-of-text id.
 
         ``legacy=True`` cuts that off too, as PandaGPT and AnomalyGPT did; such a text is read at its start.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        ids = torch.zeros(len(texts), self.context, dtype=torch.int64)
-        room = self.context - (1 if legacy else 2)
+        ids = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
+        room = CONTEXT - (1 if legacy else 2)
         for row, encoding in zip(ids, self._bpe.encode_batch([clean(text) for text in texts]), strict=True):
-            kept = [self.start, *encoding.ids[:room], self.end][: self.context]
+            kept = [self.start, *encoding.ids[:room], self.end][:CONTEXT]
             row[: len(kept)] = torch.tensor(kept)
         return ids
