@@ -17,7 +17,7 @@ import pytest
 import spgdd
 from conftest import ROOT
 from spgdd.data.download import CATALOG
-from spgdd.errors import WeightsError
+from spgdd.errors import SpgddError, WeightsError
 from spgdd.profiles import PROFILES, get_profile
 from spgdd.weights import catalog
 from spgdd.weights.catalog import File
@@ -329,7 +329,7 @@ def test_offline_mode_and_small_disk(server, tmp_path, monkeypatch):
         download("part", tmp_path, progress=False)
     assert not server.requests
     small_catalogue(server, monkeypatch, [{"name": "f.dat", "bytes": 10**18}])
-    with pytest.raises(WeightsError, match="free on the disk"):
+    with pytest.raises(SpgddError, match="are needed in .* are free"):
         download("part", tmp_path, progress=False)
 
 

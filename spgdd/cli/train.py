@@ -13,7 +13,7 @@ from typing import Literal
 
 from typer import Option
 
-from spgdd.cli.common import DEVICE, PROFILE, ROOT, option
+from spgdd.cli.common import DEVICE, PROFILE, ROOT, option, say
 from spgdd.errors import SpgddError
 from spgdd.profiles import Delta, get_profile, weights_folder
 from spgdd.training.settings import OPTIONS, load_settings
@@ -109,7 +109,7 @@ def train(
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if rank == 0:
-        print(f"{folder / 'delta.safetensors'}: trained.")
+        say(f"{folder / 'delta.safetensors'}: trained.")
 
 
 def images(text: Path | None) -> Path | None:

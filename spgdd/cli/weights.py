@@ -6,7 +6,7 @@ from typing import Literal
 
 from typer import Argument, Option
 
-from spgdd.cli.common import DEVICE, LANGUAGE, QUANTIZE, ROOT, accepted
+from spgdd.cli.common import DEVICE, LANGUAGE, QUANTIZE, ROOT, accepted, say
 from spgdd.profiles import weights_folder
 from spgdd.weights import catalog
 
@@ -19,26 +19,25 @@ def show_states(root: Path = ROOT) -> None:
     from spgdd.weights.verify import status
 
     for title, names in (("Profiles", PROFILES), ("Parts", PARTS)):
-        print(title)
+        say(title)
         for name in names:
             rows = status(name, root)
             states = ", ".join(sorted({row.state for row in rows}))
-            print(f"  {name:<24}{catalog.readable(sum(row.size for row in rows)):>9}  {states}")
+            say(f"  {name:<24}{catalog.readable(sum(row.size for row in rows)):>9}  {states}")
 
 
 def show(names: list[str] = NAMES, language: bool = LANGUAGE) -> None:
     """Files, links, sizes, hashes and licences."""
     for bundle in catalog.get_bundles(names if language else catalog.without_language(names)):
-        print(f"{bundle.name}: {bundle.title}, {catalog.readable(bundle.size)}\n  licence: {bundle.licence}\n"
-              f"  notebooks: {', '.join(bundle.notebooks)}")
+        say(f"{bundle.name}: {bundle.title}, {catalog.readable(bundle.size)}", f"  licence: {bundle.licence}",
+            f"  notebooks: {', '.join(bundle.notebooks)}")  # fmt: skip
         if not bundle.files:
-            print(f"  merged on this machine from {' and '.join(bundle.recipe)}")
+            say(f"  merged on this machine from {' and '.join(bundle.recipe)}")
         for file in bundle.files:
             known = f"SHA-256 {file.sha256}" if file.sha256 else f"MD5 {file.md5}" if file.md5 else (
                 "no hash published" if file.sources else "part of this repository")
-            print(f"  {file.path} ({catalog.readable(file.size) if file.size else 'small'}; {known})")
-            for source in file.sources:
-                print(f"      {source}")
+            size = catalog.readable(file.size) if file.size else "small"
+            say(f"  {file.path} ({size}; {known})", *(f"      {source}" for source in file.sources))
 
 
 def download(
@@ -52,7 +51,7 @@ def download(
 
     names = names if language else catalog.without_language(names)
     todo = plan.plan(names, root)
-    print(todo)
+    say(*str(todo).splitlines())
     if todo.files and not yes and not accepted("Accept these licences and start?"):
         return 1
     return _print_rows(download.download(names, root))
@@ -78,7 +77,7 @@ def merge_vicuna(
     root = weights_folder(root)
     out = out or root / f"vicuna_ckpt/{size}_v0"
     report = merge_vicuna(base or root / f"llama_ckpt/{size}", delta or root / f"vicuna_ckpt/{size}_delta_v0", out)
-    print(f"Vicuna v0 is complete in {out}: {len(report['files'])} files, hashes in merge_report.json.")
+    say(f"Vicuna v0 is complete in {out}: {len(report['files'])} files, hashes in merge_report.json.")
 
 
 def check(
@@ -92,7 +91,7 @@ def check(
 
     failed = False
     for each in run_checks(profile, root, device=device, quantize=quantize):
-        print(each)
+        say(*str(each).splitlines())
         failed = failed or each.passed is False
     return int(failed)
 
@@ -102,5 +101,5 @@ def _print_rows(rows: Iterable) -> int:
     rows = list(rows)
     for row in rows:
         detail = f"  ({row.detail})" if row.detail else ""
-        print(f"{row.state:<11}{catalog.readable(row.size):>9}  {row.path}{detail}")
+        say(f"{row.state:<11}{catalog.readable(row.size):>9}  {row.path}{detail}")
     return int(not all(row.usable for row in rows))

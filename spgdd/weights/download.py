@@ -24,7 +24,7 @@ from spgdd.errors import SpgddError, WeightsError
 from spgdd.files import claimed
 from spgdd.profiles import weights_folder
 from spgdd.tensors import is_standin
-from spgdd.weights.catalog import File, readable
+from spgdd.weights.catalog import File
 from spgdd.weights.plan import plan
 from spgdd.weights.verify import FileStatus, check_file, recheck, remember, status
 
@@ -36,16 +36,13 @@ def download(names: str | Sequence[str], root: str | Path | None = None, workers
     """Fetch what is missing for the profiles or bundles named, and return the state of all their files.
 
     Files that are there already are verified and kept; stand-ins are replaced. `workers` files are fetched at
-    a time. Raises WeightsError when the disk is too small, when another download runs in `root`, and at the
+    a time. Raises SpgddError when the disk is too small or another download runs in `root`, and WeightsError at the
     end with a line per file that no source could deliver; what was fetched of it stays for the next call.
     """
     root = weights_folder(root)
     todo = plan(names, root)
-    if todo.files and todo.fetch_bytes + 1e8 > todo.free_bytes:
-        raise WeightsError(f"{readable(todo.fetch_bytes)} are to be fetched, {readable(todo.free_bytes)} "
-                           "are free on the disk. Make room, or give another root.")
     if todo.files or todo.unchecked:
-        with claimed(root):
+        with claimed(root, todo.fetch_bytes + 10**8 if todo.files else 1):
             problems = _fetch_all(todo.unchecked + todo.files, root, workers, progress)
         if problems:
             raise WeightsError("Not all was downloaded; run it again to continue.", *problems)
