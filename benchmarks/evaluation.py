@@ -13,7 +13,6 @@ import torch
 
 import spgdd
 from spgdd.evaluation.protocol import evaluate, folder_tasks, load_batches
-from spgdd.reference import encode as encode_views
 
 
 def clocks(work) -> tuple[float, float]:
@@ -31,7 +30,7 @@ def main(folder: str, limit: int | None) -> None:
         for task in tasks:
             unmarked = [replace(picture, mask=None) for picture in task.queries]
             for batch in load_batches(unmarked, diagnoser.model.profile):
-                encode_views(diagnoser.model, [loaded.views for loaded in batch])
+                diagnoser.model.look([loaded.pixels for loaded in batch])
 
     encode()  # warms the file cache
     alone = clocks(encode)

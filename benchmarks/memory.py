@@ -16,7 +16,6 @@ from miniworld.tasks import miniworld_tasks
 from spgdd.evaluation.ablation import ablate
 from spgdd.evaluation.metrics import summarise
 from spgdd.evaluation.protocol import evaluate, load_batches
-from spgdd.reference import encode
 
 BUDGET = 1024  # entries per depth and scale: the patches of four pictures
 
@@ -28,13 +27,13 @@ def main(products: int) -> None:
     tasks = miniworld_tasks(products=products, limit=20, normals=100)
     few, many = (diagnoser.reference([p.source for p in tasks[0].normals[:count]], tasks[0].name) for count in (4, 100))
     (batch,) = load_batches(tasks[0].queries[:1], diagnoser.model.profile)
-    features = encode(diagnoser.model, [batch[0].views])
+    (seen,) = diagnoser.model.look([batch[0].pixels])
     laps = {4: [], 100: []}
     with torch.inference_mode():
         for _ in range(60):  # in turns, so that other load hits both
             for count, reference in ((4, few), (100, many)):
                 start = time.perf_counter()
-                diagnoser.model.anomaly_map(features, tasks[0].name, reference.bank)
+                diagnoser.model.evidence(seen.patches[0], tasks[0].name, reference.bank).map()
                 laps[count].append(time.perf_counter() - start)
     for count, reference in ((4, few), (100, many)):
         seconds = statistics.median(laps[count])

@@ -18,8 +18,8 @@ from pathlib import Path
 from sklearn.metrics import roc_auc_score
 
 from miniworld import write_world
+from spgdd.agreement import says_defective
 from spgdd.data.words import default_question
-from spgdd.diagnosis import says_defective
 from spgdd.loading import load_model
 from spgdd.profiles import get_profile
 from spgdd.training.data import TrainingData
