@@ -1,8 +1,9 @@
-"""Shared by all tests: where the reference tensors are, and a table of how far each one was missed."""
+"""Shared by all tests: the reference tensors, a table of how far each one was missed, a browser."""
 
 import inspect
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,18 @@ def real_data() -> Path:
             f"no real photographs at {REAL_DATA.name} (set SPGDD_REAL_DATA to an MVTec-layout folder)"
         )
     return REAL_DATA
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's or Ubuntu's Chromium, without a network: no name but 127.0.0.1 resolves."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not program:
+        pytest.skip("no Chromium: scripts/install_chromium.sh")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        alone = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", alone])
+        yield browser
+        browser.close()

@@ -189,7 +189,6 @@ def test_panel_begins_steps_asks_and_saves(folder):
     assert panel.image.value != before
     panel.rate.value = 0.4
     assert "40% false alarms" in panel.facts.value
-    panel.framed.value = True
     panel.across.value, panel.down.value = (0, 100), (150, 300)
     panel.question.value = "Anything?"
     panel.work(panel.ask)

@@ -23,9 +23,13 @@ CONTRAST = {  # of the theme's faint texts, as WCAG asks for
 }  # fmt: skip
 CSS = """.spgdd .spgdd-badge{color:#fff!important}
 .spgdd table,.spgdd tr,.spgdd th,.spgdd td{border-width:0 0 1px!important;border-color:#8883!important}"""
-NESTED = """() => new MutationObserver(() => document.querySelectorAll("button:has(button)").forEach((outer) => {
-  outer.setAttribute("role", "group"); outer.tabIndex = -1  // the button that adds a file lies in another one
-})).observe(document.body, {childList: true, subtree: true})"""
+ACCESSIBLE = """() => new MutationObserver(() => {
+  document.querySelectorAll("button:has(button)").forEach((outer) => {  // what adds a file: a button in another one
+    outer.role = "group"; outer.tabIndex = -1; outer.ariaLabel = outer.title = "Add files" })
+  document.querySelectorAll("[role=log]").forEach((talk) => { talk.tabIndex = 0 })  // scrolls by keyboard
+  document.querySelectorAll("input[type=radio]:not([name=pictures])").forEach((each) => {  // arrow keys step in a group
+    each.name = "pictures" })
+}).observe(document.body, {childList: true, subtree: true, attributeFilter: ["name"]})"""
 
 
 def demo(
@@ -74,7 +78,7 @@ def serve(diagnoser, host: str = "127.0.0.1", port: int = 0, password: str | Non
             auth=password and (lambda _, given: hmac.compare_digest(given.encode(), password.encode())),
             max_file_size=UPLOAD, allowed_paths=[str(Path(examples).resolve())] if examples else None, ssr_mode=False,
             state_session_capacity=100, enable_monitoring=False, show_error=False, footer_links=["api"], css=CSS,
-            js=NESTED, theme=gradio.themes.Default(**FONTS).set(**CONTRAST),
+            js=ACCESSIBLE, theme=gradio.themes.Default(**FONTS).set(**CONTRAST),
         )  # fmt: skip
     except OSError as error:
         raise SpgddError(f"Port {port} at {host} cannot be opened ({error}). Name another with --port.") from error

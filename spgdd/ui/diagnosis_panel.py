@@ -19,7 +19,7 @@ from threading import Thread
 from spgdd.diagnosis import Diagnoser
 from spgdd.images import list_images
 from spgdd.report import summary
-from spgdd.ui.session import RATES, Session, explain
+from spgdd.ui.session import RATES, Session, explain, saying
 
 FIT, WIDE = {"width": "auto"}, {"width": "auto", "flex": "1 1 200px"}  # alone, and beside others in a row
 HALF = {"flex": "1 1 380px", "min_width": "280px"}
@@ -57,8 +57,7 @@ class Panel:
         self.known, self.status, self.image, self.facts, self.chat, self.log = (w.HTML() for _ in range(6))
         self.verdicts, self.folder = w.HTML(layout=WIDE), w.Text(value=str(folder), description="Folder", layout=WIDE)
         self.opacity = slider(w.FloatSlider, "Map opacity", 0.6, 0, 1, step=0.05)
-        self.framed = w.Checkbox(value=False, description="Ask about a rectangle only", indent=False)
-        self.across, self.down = (slider(w.IntRangeSlider, f"{axis}, px", (0, 1), 0, 1) for axis in ("Across", "Down"))
+        self.across, self.down = (slider(w.IntRangeSlider, f"Frame {to}", (0, 1), 0, 1) for to in ("across", "down"))
         self.rate = slider(w.FloatSlider, "False alarms", session.rate, *RATES, step=0.01, readout_format=".0%")
 
         def button(name: str, *steps: Callable) -> w.Button:
@@ -68,6 +67,7 @@ class Panel:
 
         remember = button("Remember", lambda: self.remember(self.good_path.value.strip()), self.look)
         diagnose = button("Diagnose", lambda: self.open(self.doubt_path.value.strip()))
+        stop = button("Stop", lambda: ["Stopped."])
         browse = [button("Previous", lambda: self.step(-1)), button("Next", lambda: self.step(1))]
         talk = [self.question, button("Ask", self.ask), button("Undo", session.undo), button("Clear", session.clear)]
         self.question.on_msg(lambda _, content, __: content.get("event") == "submit" and self.work(self.ask))
@@ -75,16 +75,16 @@ class Panel:
         self.doubt.observe(lambda new: self.work(lambda: self.open(self.keep(new.new))), "value")
         self.names.observe(self.picked, "value")
         self.rate.observe(self.draw, "value")
-        for control in (self.opacity, self.framed, self.across, self.down):
+        for control in (self.opacity, self.across, self.down):
             control.observe(self.draw_picture, "value")
         self.browser = w.HBox([w.VBox([self.names, w.HBox(browse)], layout=HALF), self.verdicts], layout=WRAP)
-        seen = [self.image, self.opacity, self.framed, self.across, self.down]
+        seen = [self.image, self.opacity, self.across, self.down]
         said = [self.rate, self.facts, self.chat, w.HBox(talk, layout=WRAP)]
         log = w.Accordion([self.log], selected_index=None)
         log.set_title(0, "Log")
         self.all = w.VBox([
             w.HBox([self.good, self.good_path, self.product, remember], layout=WRAP),
-            w.HBox([self.doubt, self.doubt_path, diagnose, button("Stop", lambda: ["Stopped."])], layout=WRAP),
+            w.HBox([self.doubt, self.doubt_path, diagnose, stop], layout=WRAP),
             self.known, self.status, self.browser,
             w.HBox([w.VBox(seen, layout=HALF), w.VBox(said, layout=HALF)], layout=WRAP),
             w.HBox([self.folder, button("Save", self.save)], layout=WRAP), log,
@@ -109,9 +109,9 @@ class Panel:
             before.join()
         try:
             for said in self.session.run(said for step in steps for said in step() or ()):
-                self.say(said)
+                self.status.value = saying(said)
         except Exception as error:
-            self.say(explain(error), "alert")
+            self.status.value = saying(explain(error), "alert")
             self.log.value = f"<pre>{escape(''.join(traceback.format_exception(error)))}</pre>"
         self.draw()
 
@@ -137,18 +137,17 @@ class Panel:
         self.session.show(self.names.value)
         views = self.session.shown.views
         for edges, length in ((self.across, views.width), (self.down, views.height)):
-            edges.max = length
-            edges.value = (length // 4, length - length // 4)
+            edges.max, edges.value = length, (0, length)
         self.draw()
         yield from self.ask()
         for said in self.session.survey():
-            self.draw_verdicts()
+            self.draw_words()
             yield said
 
     def ask(self) -> Iterator[str]:
         asked, self.question.value = self.question.value, ""
         for said in self.session.ask(asked, self.box):
-            self.draw_chat()
+            self.draw_words()
             yield said
 
     def save(self) -> Iterator[str]:
@@ -163,9 +162,10 @@ class Panel:
 
     @property
     def box(self) -> tuple[int, int, int, int] | None:
-        """The rectangle, x0, y0, x1, y1 in pixels of the picture, if one is asked about."""
+        """The rectangle, x0, y0, x1, y1 in pixels of the picture; None where it is the whole picture."""
         (left, right), (top, bottom) = self.across.value, self.down.value
-        return (left, top, right, bottom) if self.framed.value else None
+        whole = (left, top, right, bottom) == (0, 0, self.across.max, self.down.max)
+        return None if whole else (left, top, right, bottom)
 
     def keep(self, value) -> list[Path]:
         """The files of a FileUpload, written to disk: of ipywidgets 7 a dict by name, of 8 a tuple."""
@@ -173,13 +173,10 @@ class Panel:
         folder = Path(tempfile.mkdtemp(dir=self.session.folder.name))
         for name, file in files:
             (folder / Path(name).name).write_bytes(file["content"])
-        return list(folder.iterdir())
+        return sorted(folder.iterdir())
 
     def picked(self, _) -> None:
         self.work(self.look)
-
-    def say(self, sentence: str, role: str = "status") -> None:
-        self.status.value = f'<div role="{role}">{escape(sentence)}</div>'
 
     def draw(self, _=None) -> None:
         self.session.rate = self.rate.value
@@ -187,26 +184,21 @@ class Panel:
         self.facts.value = summary(shown) if shown else ""
         self.known.value = escape(self.session.known)
         self.draw_picture()
-        self.draw_verdicts()
-        self.draw_chat()
+        self.draw_words()
 
     def draw_picture(self, _=None) -> None:
-        for edges in (self.across, self.down):
-            edges.layout.display = None if self.framed.value else "none"
-        shown = ""
-        if self.session.shown:
-            buffer = BytesIO()
-            self.session.picture(self.opacity.value, self.box).save(buffer, "JPEG", quality=90)
-            data, caption = b64encode(buffer.getvalue()).decode(), escape(self.session.caption())
-            shown = f'<img alt="{caption}" style="width:100%" src="data:image/jpeg;base64,{data}">'
-        self.image.value = shown
+        if not self.session.shown:
+            self.image.value = ""
+            return
+        buffer = BytesIO()
+        self.session.picture(self.opacity.value, self.box).save(buffer, "JPEG", quality=90)
+        data, caption = b64encode(buffer.getvalue()).decode(), escape(self.session.caption())
+        self.image.value = f'<img alt="{caption}" style="width:100%" src="data:image/jpeg;base64,{data}">'
 
-    def draw_verdicts(self) -> None:
+    def draw_words(self) -> None:
         self.browser.layout.display = None if len(self.session.scores) > 1 else "none"
         lines = "".join(f"<li>{escape(line)}</li>" for line in self.session.verdicts())
         self.verdicts.value = f'<ol aria-label="Verdicts" style="line-height:1.5">{lines}</ol>'
-
-    def draw_chat(self) -> None:
         turns = self.session.shown.turns if self.session.shown else ()
         says = "".join(f"<p><b>{escape(asked)}</b><br>{escape(answer)}</p>" for asked, answer in turns)
         self.chat.value = f'<div role="log" aria-label="Conversation" style="line-height:1.5">{says}</div>'

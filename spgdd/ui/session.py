@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 from PIL import Image
@@ -177,6 +178,16 @@ class Session:
             self.picture(opacity).save(file, "PNG")
         memory = Path(folder) / f"{plain(self.product)}.safetensors"
         return [*files, self.reference.save(memory)] if self.reference else files
+
+
+def saying(sentence: str, role: str = "status") -> str:
+    """HTML of a sentence; one of work that goes on, such as "Picture 3 of 8 ...", has a bar behind it."""
+    bar = ""
+    if sentence.endswith(" ..."):
+        far = re.search(r"(\d+) of (\d+) \.\.\.$", sentence)
+        filled = f' value="{far[1]}" max="{far[2]}"' if far else ""
+        bar = f' <progress aria-label="How far it is"{filled}></progress>'
+    return f'<div role="{role}">{escape(sentence)}{bar}</div>'
 
 
 def explain(error: Exception) -> str:

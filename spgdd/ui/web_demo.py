@@ -4,20 +4,18 @@ Bounded are uploads, pictures, the queue and answers; each visitor has a session
 """
 
 import logging
+import re
 import tempfile
-import warnings
 from contextlib import suppress
 from functools import partial, wraps
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from spgdd.diagnosis import Diagnoser
 from spgdd.errors import ImageError, SpgddError
-from spgdd.images import list_images
+from spgdd.images import list_images, read_header
 from spgdd.report import summary
-from spgdd.ui.session import RATES, Session, explain
+from spgdd.ui.session import RATES, Session, explain, saying
 
 log = logging.getLogger(__name__)
 PIXELS, PICTURES, WAITING = 50_000_000, 64, 16  # at most: of a picture, pictures at once, requests that wait
@@ -25,7 +23,7 @@ PIXELS, PICTURES, WAITING = 50_000_000, 64, 16  # at most: of a picture, picture
 WORK = {"concurrency_id": "model", "concurrency_limit": 2, "trigger_mode": "multiple"}
 PAGE = {"api_visibility": "private", "show_progress": "hidden"}  # of what only the page itself calls
 QUICK = {"queue": False, "trigger_mode": "always_last", **PAGE}
-SEVERAL = {"file_count": "multiple", "file_types": ["image"], "height": 140}
+SEVERAL = {"file_count": "multiple", "file_types": ["image"], "height": 160}
 
 
 def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: float = 60):
@@ -51,16 +49,15 @@ def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: flo
                     start, stop = gr.Button("Diagnose", variant="primary"), gr.Button("Stop", min_width=90)
                 status = gr.HTML()
                 offered = gr.Gallery([(picture, folder.name) for picture, folder in samples], label="Examples",
-                                     columns=3, allow_preview=False, interactive=False, buttons=[])  # fmt: skip
+                                     columns=2, height="auto", allow_preview=False, interactive=False, buttons=[],
+                                     visible=bool(samples))  # fmt: skip
             with gr.Column(scale=2, min_width=300):
                 names = gr.Radio([], label="Pictures: step with the arrow keys", visible=False)
-                image = gr.Image(label="Picture and map", interactive=False, format="jpeg", visible=False)
+                image = gr.Image(label="Picture and map", interactive=False, format="jpeg", visible=False,
+                                 buttons=["fullscreen", "download"])  # fmt: skip
                 opacity = gr.Slider(0, 1, 0.6, label="Map opacity")
-                with gr.Accordion("Ask about a rectangle only", open=False):
-                    gr.Markdown("Click two corners in the picture, or type them, in its pixels.")
-                    with gr.Row():
-                        edges = "Left", "Top", "Right", "Bottom"
-                        box = [gr.Number(0, label=edge, precision=0, minimum=0, min_width=60) for edge in edges]
+                box = gr.Textbox(label="Ask about a rectangle only: click two corners in the picture, or type them",
+                                 placeholder="left, top, right, bottom in pixels", max_length=50)  # fmt: skip
                 rate = gr.Slider(*RATES, 0.05, step=0.01, label="False alarms: good parts above the threshold")
                 facts = gr.HTML()
             with gr.Column(min_width=300):
@@ -77,12 +74,13 @@ def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: flo
 
         # What the page calls. A visitor has no session, None, until there is work.
 
-        def view(session, opacity, *box, **listed):
-            if not (session and session.shown):
-                return {facts: ""}
-            rows = [(line, row) for row, line in enumerate(session.verdicts())]
-            drawn = gr.Image(session.picture(opacity, rectangle(box)), alt_text=session.caption(), visible=True)
-            return {image: drawn, facts: summary(session.shown), names: gr.Radio(rows, visible=len(rows) > 1, **listed)}
+        def view(session, opacity, box="", **listed):
+            rows = [(line, row) for row, line in enumerate(session.verdicts() if session else ())]
+            seen = {image: gr.Image(visible=False), facts: "", names: gr.Radio(rows, visible=len(rows) > 1, **listed)}
+            if session and session.shown:
+                drawn = gr.Image(session.picture(opacity, rectangle(box)), alt_text=session.caption(), visible=True)
+                seen |= {image: drawn, facts: summary(session.shown)}
+            return seen
 
         def talk(session, asked=""):
             turns = session.shown.turns if session and session.shown else ()
@@ -102,13 +100,16 @@ def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: flo
                 session.open(doubt)
                 row = 0
             session.rate = rate
-            session.show(doubt[row or 0])
-            yield {state: session, **dict.fromkeys(box, 0), **talk(session), **view(session, opacity, value=row or 0)}
+            try:
+                session.show(doubt[row or 0])
+            finally:  # nothing is shown of a picture that cannot be read
+                seen = view(session, opacity, value=row or 0)
+                yield {state: session, box: "", **talk(session), **seen}
             yield from answer(session, "", *how)
             for said in session.survey():
                 yield {status: saying(said or session.known), **view(session, opacity)}
 
-        def answer(session, asked, length, temperature, top_p, *box):
+        def answer(session, asked, length, temperature, top_p, box=""):
             yield {question: "", **talk(session, asked)}
             options = {"max_new_tokens": length, "temperature": temperature, "top_p": top_p}
             for said in session.ask(asked, rectangle(box), seconds, **options):
@@ -120,26 +121,31 @@ def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: flo
             yield {files: gr.File(list(map(str, saved)), visible=True)}
 
         def work(steps):
-            """A handler of long work, which ends when newer work of the same visitor begins."""
+            """A handler of long work, which ends when newer work of the same visitor begins.
 
+            Its errors reach the visitor in plain words, and the log in full.
+            """
+
+            @wraps(steps)
             def begun(session, *inputs):
                 session = session or Session(diagnoser)
-                yield from session.run(steps(session, *inputs))
+                try:
+                    yield from session.run(steps(session, *inputs))
+                except Exception as error:
+                    log.warning("a visitor was told of an error", exc_info=error)
+                    raise gr.Error(escape(explain(error)), print_exception=False) from None
 
-            return plainly(begun)
+            return begun
 
-        def move(session, rate, opacity, *box):
+        def move(session, rate, opacity, box):
             if session:
                 session.rate = rate
-            return view(session, opacity, *box)
+            return view(session, opacity, box)
 
-        def corner(event: gr.SelectData, session, left, top, right, bottom):
+        def corner(event: gr.SelectData, session, box):
             """A click in the picture: the first corner of a rectangle, or the one across."""
-            scale = session.shown.views.width / session.picture().width
-            x, y = (int(place * scale) for place in event.index)
-            if (right - left, bottom - top) == (1, 1):
-                return min(left, x), min(top, y), max(right, x), max(bottom, y)
-            return x, y, x + 1, y + 1
+            scale, first = session.shown.views.width / session.picture().width, f"{box}, " * (box.count(",") == 1)
+            return first + ", ".join(str(int(place * scale)) for place in event.index)
 
         def choose(event: gr.SelectData):
             picture, folder = samples[event.index]
@@ -148,35 +154,35 @@ def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: flo
         def forget(change, session):
             return (change(session) or talk(session)) if session else {chat: []}
 
-        how, found = [length, temperature, top_p], [state, status, question, chat, names, image, facts, *box]
-        given, talked = [state, names, doubt, good, memory, product, rate, opacity, *how], [state, question, *how, *box]
+        how, found = [length, temperature, top_p], [state, status, question, chat, names, image, facts, box]
+        given, talked = [state, names, doubt, good, memory, product, rate, opacity, *how], [state, question, *how, box]
         chosen = offered.select(choose, None, [doubt, good, memory, product], **QUICK)
         works = [gr.on([start.click, names.input], work(look), given, found, **WORK, **PAGE),
                  chosen.then(work(look), given, found, **WORK, **PAGE),
                  gr.on([ask.click, question.submit], work(answer), talked, found, **WORK, **PAGE),
                  save.click(work(keep), [state, opacity], files, **WORK, **PAGE)]  # fmt: skip
-        gr.on([each.change for each in (rate, opacity, *box)], move, [state, rate, opacity, *box], found, **QUICK)
-        image.select(corner, [state, *box], box, **QUICK)
+        gr.on([each.change for each in (rate, opacity, box)], move, [state, rate, opacity, box], found, **QUICK)
+        image.select(corner, [state, box], box, **QUICK)
         stop.click(partial(forget, Session.stop), state, chat, cancels=works, **QUICK)
         undo.click(partial(forget, Session.undo), state, chat, **QUICK)
         gr.on([clear.click, chat.clear], partial(forget, Session.clear), state, chat, **QUICK)
 
         # What programs call; each call stands for itself.
 
-        def remember(good, product):
+        def remember(session, good, product):
             """Encode pictures of good parts once: a memory file, which `/diagnose` takes."""
-            session = Session(diagnoser)
             if not checked(good):
                 raise SpgddError("There is no good picture to remember: give at least one, better four.")
             list(session.remember(good, product))
             yield str(session.reference.save(f"{session.folder.name}/memory.safetensors"))
 
-        def diagnose(pictures, good, memory, product, question, false_alarm_rate, max_new_tokens, temperature, top_p):
+        def diagnose(session, pictures, good, memory, product, question, false_alarm_rate, max_new_tokens, temperature,
+                     top_p):  # fmt: skip
             """Diagnose pictures by good ones or a memory, and ask each line of the question about each of them.
 
             JSON of each picture, and each picture with its map.
             """
-            session, results, drawn = Session(diagnoser, false_alarm_rate), [], []
+            session.rate, results, drawn = false_alarm_rate, [], []
             options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
             list(session.remember(checked(good) or [memory] * bool(memory), product))
             for picture in checked(pictures):
@@ -188,26 +194,10 @@ def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: flo
                 session.picture().save(drawn[-1])
             yield results, drawn
 
-        asked = [doubt, good, memory, product, question, rate, *how]
-        gr.Button(visible=False).click(plainly(remember), [good, product], files, **WORK)
-        gr.Button(visible=False).click(plainly(diagnose), asked, [data, files], **WORK)
+        asked = [state, doubt, good, memory, product, question, rate, *how]
+        gr.Button(visible=False).click(work(remember), [state, good, product], files, **WORK)
+        gr.Button(visible=False).click(work(diagnose), asked, [data, files], **WORK)
     return page.queue(max_size=WAITING)
-
-
-def plainly(steps):
-    """A handler whose errors reach the visitor in plain words, and the log in full."""
-
-    @wraps(steps)
-    def guarded(*inputs):
-        try:
-            yield from steps(*inputs)
-        except Exception as error:
-            log.warning("a visitor was told of an error", exc_info=error)
-            from gradio import Error
-
-            raise Error(escape(explain(error)), print_exception=False) from None
-
-    return guarded
 
 
 def checked(pictures: list[str] | None) -> list[str]:
@@ -217,19 +207,16 @@ def checked(pictures: list[str] | None) -> list[str]:
         raise ImageError(f"{len(pictures)} pictures at once, more than the {PICTURES} that are taken here.")
     for picture in pictures:
         width = height = 0
-        with warnings.catch_warnings(action="ignore"), suppress(Exception):  # what is wrong is said when it is read
-            width, height = Image.open(picture).size
+        with suppress(ImageError):  # said when it is read
+            width, height, _ = read_header(picture)
         if width * height > PIXELS:
             raise ImageError(f"{Path(picture).name}: {width} x {height} are {width * height / 1e6:.0f} million pixels, "
                              f"more than the {PIXELS / 1e6:.0f} that are taken here. Shrink it.")  # fmt: skip
     return pictures
 
 
-def rectangle(edges) -> tuple[int, int, int, int] | None:
-    """The rectangle of four numbers, None where they enclose nothing."""
-    left, top, right, bottom = (int(edge or 0) for edge in edges or [0] * 4)
+def rectangle(text: str) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom of a rectangle of which two corners are given; None where they enclose nothing."""
+    edges = [int(number) for number in re.findall(r"\d+", text)]
+    (left, right), (top, bottom) = (sorted(edges[i::2]) if len(edges) == 4 else (0, 0) for i in (0, 1))
     return (left, top, right, bottom) if left < right and top < bottom else None
-
-
-def saying(sentence: str) -> str:
-    return f'<div role="status">{escape(sentence)}</div>'
