@@ -270,6 +270,29 @@ def test_what_is_no_address_is_refused(clone, monkeypatch, address):
     assert contents(clone) == before
 
 
+def test_address_is_the_same_everywhere():
+    """In all badges, first cells and clone commands."""
+    first = (ROOT / "notebooks/00_start_here.ipynb").read_text()
+    address = set_repository.CELL.search(first).group()
+    for page in set_repository.pages():
+        text = page.read_text()
+        assert set_repository.with_address(text, address) == text, page.name
+
+
+@pytest.mark.parametrize("path", course(), ids=lambda path: path.stem)
+def test_first_cell_is_the_same_everywhere(path):
+    first = next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    assert re.sub(r'REPOSITORY = "[^"]*"', 'REPOSITORY = ""', first.source) == CELL
+
+
+@pytest.mark.parametrize("path", course(), ids=lambda path: path.stem)
+def test_every_question_has_its_answer(path):
+    asked = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.source.startswith("## Questions")]
+    answers = (ROOT / "docs/answers" / f"{path.name.split('_')[0]}.md").read_text()
+    count = [len(re.findall(r"^\d+\. ", text, flags=re.MULTILINE)) for text in ("".join(asked), answers)]
+    assert count[0] == count[1] > 0
+
+
 def test_colab_brings_what_the_notebooks_need():
     """Only what Colab lacks may be missing; scripts/check_colab.py lets pip resolve it."""
     brings, lacking = check_colab.runtime(), set()
