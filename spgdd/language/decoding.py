@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 ROWS = 20  # answers at a time: their keys and values take 2.3 GB at 7B with 224 tokens each
@@ -37,26 +37,28 @@ class Decoder:
         self.llama, self.rows, self.length = llama, rows, length
         self.embed, self.norm, self.eps = llama.model.embed_tokens, llama.model.norm.weight, config.rms_norm_eps
         self.head = llama.lm_head.weight[:pieces].T
-        self.weights = [
-            [projection.base_layer.weight for projection in with_lora(layer)]
-            + [layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight]
-            + [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
-            for layer in llama.model.layers
-        ]
+        self.weights = []
+        for layer in llama.model.layers:
+            *projections, out = (projection.base_layer for projection in with_lora(layer))
+            mlp, norms = layer.mlp, (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+            widen, narrow = joined(mlp.gate_proj, mlp.up_proj), mlp.down_proj.weight
+            self.weights.append((joined(*projections), out.weight, widen, narrow, *norms))
         heads, layers, width = config.num_attention_heads, len(self.weights), config.hidden_size
         self.shape = heads, width // heads
         self.cache = torch.zeros(layers, 2, rows, length, *self.shape, **like)  # keys and values
         rank = with_lora(llama.model.layers[0])[0].r["default"]
-        self.down, self.up = torch.zeros(2, layers, 4, rank, width, **like)
+        self.down, self.out = torch.zeros(layers, 4, rank, width, **like), torch.zeros(layers, rank, width, **like)
+        self.up = torch.zeros(layers, 3, rank, 3, width, **like)  # of q, k and v together; zero from one to another
         self.lora = [
-            (down[:3].flatten(0, 1).T, up[:3], down[3].T, up[3])  # of q, k and v together, and of o
-            for down, up in zip(self.down, self.up, strict=True)
+            (down[:3].flatten(0, 1).T, up.flatten(2).flatten(0, 1), down[3].T, out)
+            for down, up, out in zip(self.down, self.up, self.out, strict=True)
         ]
         self.slots, self.columns = (torch.arange(n, device=llama.device) for n in (rows, length))
         self.tokens, self.positions = torch.zeros_like(self.slots), torch.zeros_like(self.slots)  # read next, and where
         cos, sin = llama.model.rotary_emb(self.cache, self.columns[None])  # (1, length, D)
         first, second = sin.chunk(2, dim=-1)
-        self.cos, self.sin = cos[0, :, None], torch.cat([-first, second], dim=-1)[0, :, None]  # (length, 1, D)
+        sin = torch.cat([-first, second], dim=-1)
+        self.cos, self.sin = cos[0, :, None, None], sin[0, :, None, None]  # (length, 1, 1, D)
         self.graph, self.warm = None, False
 
     def fits(self, rows: int, length: int) -> bool:
@@ -69,9 +71,11 @@ class Decoder:
         adapters = [projection for layer in self.llama.model.layers for projection in with_lora(layer)]
         off = adapters[0].disable_adapters or adapters[0].merged
         down = torch.stack([adapter.lora_A["default"].weight for adapter in adapters])  # (4 per layer, r, H)
-        up = torch.stack([adapter.lora_B["default"].weight for adapter in adapters]).mT  # likewise
+        up = torch.stack([adapter.lora_B["default"].weight for adapter in adapters]).mT.unflatten(0, (-1, 4))
+        up = up * (0 if off else adapters[0].scaling["default"])  # (layers, 4, r, H)
         self.down.copy_(down.view_as(self.down))
-        self.up.copy_(up.unflatten(0, (-1, 4)) * (0 if off else adapters[0].scaling["default"]))
+        self.up.diagonal(dim1=1, dim2=3).copy_(up[:, :3].movedim(1, -1))
+        self.out.copy_(up[:, 3])
 
     def fill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> Tensor:
         """Begin answers to prompts (S_i, H) in free slots; logits (n, V) of their first tokens."""
@@ -109,33 +113,42 @@ class Decoder:
         They attend to what is `seen` (n, T) of the cache's first T tokens. None: each row begins, and sees itself.
         """
         (n, s, width), (heads, dim) = x.shape, self.shape
-        cos, sin, places = self.cos[positions], self.sin[positions], (slice(None), slots[:, None], positions)
+        places, cos, sin = (slice(None), slots[:, None], positions), self.cos[positions], self.sin[positions]
         if seen is not None:
             seen = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf)[:, None, None]  # (n, 1, 1, T)
         x = x.reshape(n * s, width).clone()
         for weights, lora, cache in zip(self.weights, self.lora, self.cache, strict=True):
-            *projections, out, gate, widen, narrow, before, between = weights
+            inward, outward, widen, narrow, before, between = weights  # inward: q, k, v
             down, up, down_out, up_out = lora
             h = F.rms_norm(x, (width,), before, self.eps)
-            qkv = torch.bmm((h @ down).view(n * s, 3, -1).transpose(0, 1), up)  # (3, n S, H)
-            for part, weight in zip(qkv, projections, strict=True):
-                part.addmm_(h, weight.T)
-            qkv = qkv.view(3, n, s, heads, dim)
-            qk = qkv[:2]
+            qkv = (h @ down @ up).addmm_(h, inward.T).view(n, s, 3, heads, dim)
+            qk = qkv[:, :, :2]
             torch.addcmul(qk * cos, qk.roll(dim // 2, -1), sin, out=qk)  # rotated by their positions
-            cache[places] = qkv[1:]
-            q, k, v = qkv.transpose(2, 3)  # (n, heads, S, D)
+            q, k, v = qkv.movedim(2, 0)  # (n, S, heads, D)
+            cache[places] = torch.stack((k, v))
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (n, heads, S, D)
             if seen is not None:
                 k, v = cache[:, :, : seen.shape[-1]].transpose(2, 3)  # (n, heads, T, D)
             h = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None)
             h = h.transpose(1, 2).reshape(n * s, width)
-            x.addmm_(h @ down_out, up_out).addmm_(h, out.T)
+            x.addmm_(h @ down_out, up_out).addmm_(h, outward.T)
             h = F.rms_norm(x, (width,), between, self.eps)
-            x.addmm_(F.silu(F.linear(h, gate)).mul_(F.linear(h, widen)), narrow.T)
+            gate, h = F.linear(h, widen).chunk(2, dim=-1)
+            x.addmm_(F.silu(gate).mul_(h), narrow.T)
         return x.view(n, s, width)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps) @ self.head
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def joined(*layers: nn.Linear) -> Tensor:
+    """One matrix of the weights of layers that read the same; theirs become parts of it, so it takes no memory."""
+    whole = torch.cat([layer.weight for layer in layers])
+    for layer, part in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = part
+    return whole
 
 
 def with_lora(layer) -> list:
