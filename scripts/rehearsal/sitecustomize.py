@@ -1,4 +1,4 @@
-"""Python reads this first in every process that gpu_rehearsal.py starts: limits of the GPU, or toy networks."""
+"""Python reads this first in every process that gpu_rehearsal.py starts: limits of the GPU, or a toy of it."""
 
 import os
 
@@ -17,8 +17,13 @@ if os.environ.get("REHEARSAL_T4"):  # a GPU without bfloat16
     torch.cuda.get_device_capability = lambda device=None: (7, 5)
 
 if os.environ.get("REHEARSAL_TOY"):
-    import spgdd.imagebind as imagebind
+    import torch
 
+    import spgdd.imagebind as imagebind
+    import spgdd.loading as loading
+
+    half = torch.float16 if os.environ.get("REHEARSAL_T4") else torch.bfloat16
+    loading.choose_dtype = lambda device: (half, f"{half}, as on a GPU")
     tiny = imagebind.TowerConfig(32, 4, 2)
     imagebind.HUGE = imagebind.ImageBindConfig(imagebind.TowerConfig(64, 4, 2), tiny, joint=64, taps=(0, 1, 2, 3))
 
