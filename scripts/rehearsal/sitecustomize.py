@@ -17,6 +17,8 @@ if os.environ.get("REHEARSAL_T4"):  # a GPU without bfloat16
     torch.cuda.get_device_capability = lambda device=None: (7, 5)
 
 if os.environ.get("REHEARSAL_TOY"):
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes a CPU minutes
+
     import torch
 
     import spgdd.imagebind as imagebind
