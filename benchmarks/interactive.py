@@ -132,26 +132,26 @@ def load(profile: str, folder: Path) -> None:
         for picture in doubt:
             (result,), _ = client.predict([handle_file(picture)], [], handle_file(memory), product, "", 0.05, 32, 0, 1,
                                           api_name="/diagnose")  # fmt: skip
-            answers[picture] = result
             with lock:
+                answers[picture] = result
                 if len(answers) in (EARLY, PROGRAMS * REQUESTS):
                     resident[len(answers)] = process.memory_info().rss
 
     answers, started = {}, time.perf_counter()
     with demo(profile) as (address, process), ThreadPoolExecutor(PROGRAMS) as pool:
         list(pool.map(lambda product: program(product, address, process), PRODUCTS))
-    seconds = time.perf_counter() - started
-    wrong = 0
+    seconds, wrong = time.perf_counter() - started, 0
+    early, late = (resident[count] / 1e6 for count in (EARLY, PROGRAMS * REQUESTS))
+    print(f"{PROGRAMS} programs, {len(answers)} answers in {seconds:.0f} s, no error")
+    print(f"resident memory: {early:.0f} MB after {EARLY} requests, {late:.0f} MB at the end: {late / early - 1:+.1%}",
+          flush=True)  # fmt: skip
     for product, (good, doubt) in parts.items():
         reference = diagnoser.reference(good, product)
         for picture in doubt:
             own, found = diagnoser.diagnose(picture, reference, max_new_tokens=32), answers[picture]
             same = abs(own.score - found["score"]) < 1e-3 and own.text == found["text"]
             wrong += not same or (found["image"], found["product"]) != (picture.name, product)
-    early, late = (resident[count] / 1e6 for count in (EARLY, PROGRAMS * REQUESTS))
-    print(f"{PROGRAMS} programs, {len(answers)} answers in {seconds:.0f} s, no error")
     print(f"{wrong} of them differ from the library's answer to the same picture")
-    print(f"resident memory: {early:.0f} MB after {EARLY} requests, {late:.0f} MB at the end: {late / early - 1:+.1%}")
 
 
 def main() -> None:
