@@ -1,7 +1,7 @@
 """How long a visitor of the web demo waits, and what eight programs with 200 requests do to it.
 
     python benchmarks/interactive.py            # in Chromium: map and first words, a minute on two CPU cores
-    python benchmarks/interactive.py load       # 8 programs x 25 requests, each with its own product: ten minutes, most of it to check
+    python benchmarks/interactive.py load       # 8 programs x 25 requests, own products: up to ten minutes
     python benchmarks/interactive.py picture    # makes assets/demo.jpg: the page with a generated part
 
 The demo runs in a process of its own, as `spgdd demo` starts it; Chromium shares the cores with it. Warm: the good
