@@ -173,7 +173,7 @@ class Curve:
         figure.suptitle(f"step {step} of {self.total}" + speed * (step < self.total))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=80)
-        picture = Image(buffer.getvalue(), alt=f"Loss and share of right tokens up to step {step}.")
+        picture = Image(buffer.getvalue(), metadata={"alt": f"Loss and share of right tokens up to step {step}."})
         if self.handle:
             self.handle.update(picture)
         else:
