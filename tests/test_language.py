@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -15,6 +16,7 @@ import spgdd.language.vicuna
 from conftest import FIXTURES, check
 from spgdd.errors import DataError, SpgddError, WeightsError
 from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna, decoding, encode_turns, fold_history
+from spgdd.language.decoding import joined
 from spgdd.loading import load_model
 from spgdd.tensors import read_tensors
 from spgdd.weights.delta import apply_delta
@@ -516,3 +518,15 @@ def test_7b_names_and_shapes_are_the_published_ones(tokenizer, prefix):
     assert all(p.is_meta for p in large.parameters())
     assert {n: s for n, s in own.items() if n.startswith(prefix)} == {
         n: entry["shape"] for n, entry in published.items() if n.startswith(prefix)}
+
+
+def test_weights_are_joined_once_and_anew_where_they_were_replaced():
+    layers = [nn.Linear(6, rows, bias=False) for rows in (4, 2, 3)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    whole = joined(*layers)
+    assert torch.equal(whole, torch.cat(before)) and not whole.is_inference()
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+    again = joined(*layers)
+    assert again.data_ptr() == whole.data_ptr() == layers[0].weight.data_ptr() and torch.equal(again, whole)
+    layers[1].weight.data = before[1] + 1
+    assert torch.equal(joined(*layers)[4:6], before[1] + 1)

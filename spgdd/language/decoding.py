@@ -145,8 +145,13 @@ class Decoder:
 @torch.no_grad()
 def joined(*layers: nn.Linear) -> Tensor:
     """One matrix of the weights of layers that read the same; theirs become parts of it, so it takes no memory."""
-    whole = torch.cat([layer.weight for layer in layers])
-    for layer, part in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+    weights = [layer.weight.data for layer in layers]
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    storages = {weight.untyped_storage().data_ptr() for weight in weights}
+    if len(storages) == 1 and ends[:-1] == [weight.data_ptr() for weight in weights[1:]]:  # joined before
+        return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
+    whole = torch.cat(weights)
+    for layer, part in zip(layers, whole.split([len(weight) for weight in weights]), strict=True):
         layer.weight.data = part
     return whole
 
