@@ -1,6 +1,6 @@
 """Break the formulas of the course one at a time, and show which check of a notebook catches each.
 
-    python scripts/break_formulas.py             # all of broken_formulas.yaml: seven minutes on one busy core
+    python scripts/break_formulas.py             # all of broken_formulas.yaml: about ten minutes on one busy core
     python scripts/break_formulas.py AUROC PRO   # those with one of these words in their names
 
 Of a notebook only those cells are run that the check needs: once as they are, when it must hold, and once with the
