@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spgdd.errors import WeightsError
 from spgdd.imagebind import ImageFeatures
-from spgdd.tensors import AGAIN
+from spgdd.tensors import AGAIN, late_progress
 
 
 class Backbone(nn.Module):
@@ -47,9 +47,10 @@ def load_backbone(folder: Path, layers: tuple[int, ...], dtype: torch.dtype, dev
         local = {"local_files_only": True, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(folder, out_indices=list(layers), reshape_hidden_states=False, **local)
         kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]  # AutoBackbone itself would ask the hub about the folder
-        network, report = kind.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
-        )
+        with late_progress():
+            network, report = kind.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
+            )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} tensors, the first is {missing[0]}")
         backbone = Backbone(network, tuple(known["image_mean"]), tuple(known["image_std"]))

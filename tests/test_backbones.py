@@ -54,6 +54,12 @@ def diagnoser(root):
     return spgdd.load("dinov2-small", root=root, device="cpu")
 
 
+@pytest.mark.parametrize("profile", ["dinov2-small", "mini"])
+def test_loading_in_a_moment_shows_no_bar(root, profile, capfd):
+    spgdd.load(profile, root=root if profile != "mini" else None, device="cpu")
+    assert capfd.readouterr().err == ""
+
+
 def photograph(size=(300, 200), seed=0, marker=None, side=28):
     """A grey part with grain; the marker is a dark square around (x, y)."""
     grain = np.random.default_rng(seed).normal(130, 5, (size[1], size[0], 3)).clip(0, 255).astype(np.uint8)
