@@ -74,9 +74,12 @@ def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: flo
 
         # What the page calls. A visitor has no session, None, until there is work.
 
-        def view(session, opacity, box="", **listed):
+        def listing(session, **chosen):
             rows = [(line, row) for row, line in enumerate(session.verdicts() if session else ())]
-            seen = {image: gr.Image(visible=False), facts: "", names: gr.Radio(rows, visible=len(rows) > 1, **listed)}
+            return {names: gr.Radio(rows, visible=len(rows) > 1, **chosen)}
+
+        def view(session, opacity, box="", **chosen):
+            seen = {image: gr.Image(visible=False), facts: "", **listing(session, **chosen)}
             if session and session.shown:
                 drawn = gr.Image(session.picture(opacity, rectangle(box)), alt_text=session.caption(), visible=True)
                 seen |= {image: drawn, facts: summary(session.shown)}
@@ -107,7 +110,7 @@ def build(diagnoser: Diagnoser, examples: str | Path | None = None, seconds: flo
                 yield {state: session, box: "", **talk(session), **seen}
             yield from answer(session, "", *how)
             for said in session.survey():
-                yield {status: saying(said or session.known), **view(session, opacity)}
+                yield {status: saying(said or session.known), **listing(session)}
 
         def answer(session, asked, length, temperature, top_p, box=""):
             yield {question: "", **talk(session, asked)}
