@@ -7,6 +7,7 @@
 Each step is a process of its own and none stops the rest. Notebooks run with the GPU limited to the memory that the
 README promises, those of `imagebind` as on a T4: float16, 15 GB, and 12 GB of the machine's memory. Logs, weights and
 table.md stay in runs/rehearsal, or in $REHEARSAL_FOLDER; a later run uses the weights again and adds to the table.
+With --jobs 4, say, four steps run at once, on as many GPUs as there are: sooner done, each a little slower.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import importlib.util
 import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -25,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
@@ -56,7 +59,7 @@ class Step:
     gpu_gb: float = 0  # the GPU is limited to so much; 0: not at all
     host_gb: float = 0  # more of the machine's memory is a failure
     env: dict = field(default_factory=dict)
-    beside: str = ""  # neighbours with the same word here may run at the same time (--jobs)
+    wave: int = 1  # those of one wave may run at the same time (--jobs), when all of the waves before have ended
 
 
 def plan() -> list[Step]:
@@ -64,11 +67,11 @@ def plan() -> list[Step]:
     whole, large = "spgdd-7b", ("spgdd-7b", "anomalygpt-7b")
     parts = ["llama-7b", "vicuna-7b-delta-v0", "imagebind-huge", "pandagpt-7b", "anomalygpt-mvtec"]
     steps = [
-        Step("stand-ins", [*job, "standins", *parts]),
-        Step("merge", [*spgdd, "weights", "merge-vicuna", "7b"]),
+        Step("stand-ins", [*job, "standins", *parts], wave=0),
+        Step("merge", [*spgdd, "weights", "merge-vicuna", "7b"], wave=0),
         *(Step(f"load {name}", [*job, "load", name]) for name in large),
         *(Step(f"ladder {name}", [*spgdd, "weights", "check", name]) for name in large),
-        Step("world", [*job, "world"]),
+        Step("world", [*job, "world"], wave=0),
         Step("index", [*spgdd, "tadd", "index", TADD[0]]),
         Step("describe", [*spgdd, "tadd", "describe", DATA, "-o", FOLDER / "TADD_text.json"]),
         Step("train, stop, resume", [*job, "train", "torch"]),
@@ -90,11 +93,12 @@ def plan() -> list[Step]:
         for path in notebooks:
             command = [sys.executable, ROOT / "scripts/run_course.py", path, "--profile", profile]
             number, own = path.name[:2], limits
-            if number == "05":
-                command, own = [*command, "--set", f"TADD={tuple(map(str, TADD))}"], {"gpu_gb": 24}
+            if number != "02":  # whose FOLDER is one of data
+                command += ["--set", f'FOLDER="{FOLDER / profile / path.stem}"']
+            if number == "05":  # it replaces weights that the others read
+                command, own = [*command, f"TADD={tuple(map(str, TADD))}"], {"gpu_gb": 24, "wave": 2}
             if number not in left_out:
-                beside = "" if number == "05" else profile  # 05 replaces weights that the others read
-                steps.append(Step(f"notebook {number}, {profile}", command, "nbclient", beside=beside, **own))
+                steps.append(Step(f"notebook {number}, {profile}", command, "nbclient", **own))
     return steps
 
 
@@ -102,14 +106,14 @@ def untried(step: Step, reason: str) -> dict:
     return {"step": step.name, "seconds": 0.0, "gpu": 0.0, "host": 0.0, "passed": f"not run: {reason}"}
 
 
-def run(step: Step, patience: float, toy: bool) -> dict:
-    """Run a step and watch its memory; returns its row of the table."""
+def run(step: Step, patience: float, toy: bool, gpu: str) -> dict:
+    """Run a step on a GPU and watch its memory; returns its row of the table."""
     row = untried(step, f"needs {step.needs}")
     if step.needs and importlib.util.find_spec(step.needs) is None:
         return row
     paths = map(str, (ROOT / "scripts/rehearsal", ROOT, ROOT / "scripts", os.environ.get("PYTHONPATH", "")))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SPGDD_WEIGHTS": str(WEIGHTS)}
-    env |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"} | step.env
+    env |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": gpu} | step.env
     if step.gpu_gb:
         env["REHEARSAL_GPU_GB"] = str(step.gpu_gb - CONTEXT)
     if toy:
@@ -119,7 +123,7 @@ def run(step: Step, patience: float, toy: bool) -> dict:
         process = subprocess.Popen(list(map(str, step.command)), cwd=ROOT / "notebooks", env=env, stdout=file,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         ended = threading.Event()
-        watch = threading.Thread(target=watch_memory, args=(process.pid, row, ended))
+        watch = threading.Thread(target=watch_memory, args=(process.pid, gpu, row, ended))
         watch.start()
         try:
             status = process.wait(patience)
@@ -139,7 +143,7 @@ def run(step: Step, patience: float, toy: bool) -> dict:
     return row
 
 
-def watch_memory(pid: int, row: dict, ended: threading.Event) -> None:
+def watch_memory(pid: int, gpu: str, row: dict, ended: threading.Event) -> None:
     """Note the peaks of memory of a process and of what it started: the GPU's, and that which is no mapped file."""
     while not ended.wait(0.2):
         with contextlib.suppress(psutil.Error):
@@ -150,19 +154,19 @@ def watch_memory(pid: int, row: dict, ended: threading.Event) -> None:
                     memory = process.memory_info()
                     used += memory.rss - getattr(memory, "shared", 0)
             row["host"] = max(row["host"], used / 1e9)
-            row["gpu"] = max(row["gpu"], used_gpu({process.pid for process in family}))
+            row["gpu"] = max(row["gpu"], used_gpu({process.pid for process in family}, gpu))
 
 
-def used_gpu(pids: set[int]) -> float:
+def used_gpu(pids: set[int], gpu: str) -> float:
     """GB of the GPU that processes hold; of all that is used, where the driver does not tell whose it is."""
-    if not torch.cuda.is_available():
+    if not gpu:
         return 0.0
-    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    ask = ["nvidia-smi", "--format=csv,noheader,nounits", "-i", gpu]
+    tell = lambda what: subprocess.run([*ask, what], stdout=subprocess.PIPE, text=True).stdout  # noqa: E731
+    lines = tell("--query-compute-apps=pid,used_memory").splitlines()
     held = [line.split(",") for line in lines if line.replace(",", "").replace(" ", "").isdigit()]
     if not held:
-        free, whole = torch.cuda.mem_get_info()
-        return (whole - free) / 1e9
+        return int(tell("--query-gpu=memory.used")) * 2**20 / 1e9
     return sum(int(used) for pid, used in held if int(pid) in pids) * 2**20 / 1e9
 
 
@@ -252,7 +256,7 @@ def demo(profile: str) -> None:
             said = Client(url, verbose=False).predict(*files, None, "nut", "", 0.05, 32, 0, 1, api_name="/diagnose")
             print(said[0][0]["verdict"], said[0][0]["text"])
         finally:
-            page.send_signal(signal.SIGINT)
+            page.terminate()
 
 
 def main() -> int:
@@ -261,7 +265,7 @@ def main() -> int:
     parser.add_argument("--size", choices=("full", "toy"), default="full")
     parser.add_argument("--skip-notebooks", action="store_true")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="for all; then it ends")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many notebooks at once, each with its GB")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many steps at once, each with its GB")
     parser.add_argument("--list", action="store_true", help="name the steps, and do nothing")
     parser.add_argument("--do", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -276,21 +280,23 @@ def main() -> int:
         print(*(step.name for step in steps), sep="\n")
         return 0
     WEIGHTS.mkdir(parents=True, exist_ok=True)
+    every = ",".join(map(str, range(torch.cuda.device_count())))  # "" without a GPU
+    names, gpus = itertools.cycle(os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")), queue.SimpleQueue()
+    for gpu in itertools.islice(names, options.jobs):
+        gpus.put(gpu)
 
     def perform(step: Step) -> None:
-        left = end - time.monotonic()
-        row = run(step, min(left, PATIENCE), toy) if left > 5 else untried(step, "time is up")
+        left, gpu = end - time.monotonic(), gpus.get()
+        row = run(step, min(left, PATIENCE), toy, gpu) if left > 5 else untried(step, "time is up")
+        gpus.put(gpu)
         with lock:
             rows.append(row)
             print(LINE.format(**row), flush=True)
             save(rows, toy)
 
-    for beside, group in itertools.groupby(steps, lambda step: step.beside):
-        if beside and options.jobs > 1:
-            with ThreadPoolExecutor(options.jobs) as pool:
-                list(pool.map(perform, group))
-        else:
-            list(map(perform, group))
+    for wave, group in itertools.groupby(sorted(steps, key=attrgetter("wave")), attrgetter("wave")):
+        with ThreadPoolExecutor(options.jobs if wave else 1) as pool:
+            list(pool.map(perform, group))
     print(save(rows, toy))
     return int(any(row["passed"].startswith("no:") for row in rows))
 

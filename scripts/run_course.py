@@ -182,7 +182,7 @@ def main() -> int:
         name = f"solution_{path.stem}" if path.parent.name == "solutions" else path.stem
         print(f"{name:<40}", end=" ", flush=True)
         result = run(path.resolve(), arguments.profile, arguments.timeout, **values)
-        save_page(result.notebook, name)
+        save_page(result.notebook, name if arguments.profile == "mini" else f"{name}_{arguments.profile}")
         print(f"{result.seconds:6.1f} s  {'FAILED' if result.failure else 'passed'}", flush=True)
         if result.failure:
             failed.append(path)
