@@ -1,11 +1,14 @@
 """Loading a model: which precision, which files, and what is said when one is missing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 import spgdd.imagebind
 from spgdd.backbones import load_backbone
@@ -65,6 +68,9 @@ def load_model(
     _require_files(profile, root)
     if dtype is None:
         dtype = torch.float32 if profile.precision == "float32" else choose_dtype(device)[0]
+    with_checksums = ThreadPoolExecutor(1)  # a second at 7B, beside what follows
+    states = with_checksums.map(partial(read_delta, root=root), profile.deltas)
+    with_checksums.shutdown(wait=False)
 
     if profile.imagebind:
         config = getattr(spgdd.imagebind, profile.imagebind)
@@ -83,22 +89,33 @@ def load_model(
         from spgdd.language import LoraSettings, Vicuna  # seconds to import
 
         lora = LoraSettings(r=profile.lora_rank, alpha=profile.lora_rank)
-        vicuna = Vicuna.load(root / profile.language, vision.joint, dtype, device_map or {"": device}, quantize, lora)
+        vicuna = Vicuna.load(root / profile.language, vision.joint, dtype, device, device_map, quantize, lora)
         read.append(profile.language)
     with device:
         model = SPGDD(profile, vision, vicuna, tokenizer)
     model.standins = tuple(file for file in read if is_standin(root / file))
-    load_deltas(model, profile.deltas, root)
+    load_deltas(model, profile.deltas, root, states)
     return model.eval()
 
 
-def load_deltas(model: SPGDD, deltas: Sequence[Delta], root: Path) -> None:
-    """Put trained parameters into a model, a later file over an earlier. Raises WeightsError naming the file."""
-    _require_files(replace(model.profile, deltas=tuple(deltas)), root)
-    for delta in deltas:
-        # The published files name the language model's parameters without saying whose they are.
-        state = read_tensors(root / delta.file, intact=True, mend=f"Fetch or train it again ({delta.notebook}).")
-        state = {f"language.{k}" if k.startswith("llama_") else RENAMED.get(k, k): v for k, v in state.items()}
+def read_delta(delta: Delta, root: Path) -> dict[str, Tensor]:
+    """Trained parameters by their names in a model. Raises WeightsError for a damaged file."""
+    state = read_tensors(root / delta.file, intact=True, mend=f"Fetch or train it again ({delta.notebook}).")
+    # The published files name the language model's parameters without saying whose they are.
+    return {f"language.{k}" if k.startswith("llama_") else RENAMED.get(k, k): v for k, v in state.items()}
+
+
+def load_deltas(
+    model: SPGDD, deltas: Sequence[Delta], root: Path, states: Iterable[dict[str, Tensor]] | None = None
+) -> None:
+    """Put trained parameters into a model, a later file over an earlier. Raises WeightsError naming the file.
+
+    ``states``: what ``read_delta`` makes of each, if that was done before.
+    """
+    if states is None:
+        _require_files(replace(model.profile, deltas=tuple(deltas)), root)
+        states = (read_delta(delta, root) for delta in deltas)
+    for delta, state in zip(deltas, states, strict=True):
         if model.language is None:
             state = {k: value for k, value in state.items() if not k.startswith(SPEAKING)}
         try:

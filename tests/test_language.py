@@ -16,7 +16,7 @@ import spgdd.language.vicuna
 from conftest import FIXTURES, check
 from spgdd.errors import DataError, SpgddError, WeightsError
 from spgdd.language import LlamaTokenizer, LoraSettings, Vicuna, decoding, encode_turns, fold_history
-from spgdd.language.decoding import joined
+from spgdd.language.decoding import joined, with_lora
 from spgdd.loading import load_model
 from spgdd.tensors import read_tensors
 from spgdd.weights.delta import apply_delta
@@ -518,6 +518,19 @@ def test_7b_names_and_shapes_are_the_published_ones(tokenizer, prefix):
     assert all(p.is_meta for p in large.parameters())
     assert {n: s for n, s in own.items() if n.startswith(prefix)} == {
         n: entry["shape"] for n, entry in published.items() if n.startswith(prefix)}
+
+
+def test_a_model_that_was_converted_needs_no_joining():
+    was, now = (panda(dtype=dtype).llama_model.get_base_model() for dtype in (torch.float32, torch.bfloat16))
+    assert now.dtype == now.config.dtype == torch.bfloat16 and now.model.rotary_emb.inv_freq.dtype == torch.float32
+    state = now.state_dict()
+    assert all(torch.equal(state[name], value.bfloat16()) for name, value in was.state_dict().items()
+               if "lora_" not in name)  # fmt: skip
+    for layer in now.model.layers:
+        mlp, projections = layer.mlp, [projection.base_layer for projection in with_lora(layer)[:3]]
+        for parts in (projections, [mlp.gate_proj, mlp.up_proj]):
+            first = parts[0].weight.data_ptr()
+            assert joined(*parts).data_ptr() == first == parts[0].weight.data_ptr()
 
 
 def test_weights_are_joined_once_and_anew_where_they_were_replaced():

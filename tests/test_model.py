@@ -180,10 +180,10 @@ def test_maps_and_tokens_need_no_second_pass_through_the_tower(model, monkeypatc
 
 def test_a_device_map_reaches_the_language_model_alone(weights, monkeypatch):
     maps, load = [], Vicuna.load
-    monkeypatch.setattr(Vicuna, "load", lambda *options: maps.append(options[3]) or load(*options))
+    monkeypatch.setattr(Vicuna, "load", lambda *options: maps.append(options[3:5]) or load(*options))
     for device_map in (None, "auto"):
         assert load_model(TINY_PROFILE, weights, device="cpu", device_map=device_map).device == torch.device("cpu")
-    assert maps == [{"": torch.device("cpu")}, "auto"]
+    assert maps == [(torch.device("cpu"), None), (torch.device("cpu"), "auto")]
 
 
 def test_a_diagnosis_keeps_no_gradients(model, monkeypatch):

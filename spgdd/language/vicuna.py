@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlamaForCausalLM
 
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.language.conversation import ASSISTANT, IGNORE, IMAGE_END, PROMPT_START, Answer, encode_turns, fold_history
-from spgdd.language.decoding import ROWS, Decoder, can_decode, choose, decode, generated
+from spgdd.language.decoding import ROWS, Decoder, can_decode, choose, decode, generated, move
 from spgdd.language.tokenizer import LlamaTokenizer
 from spgdd.tensors import late_progress, to_device
 from spgdd.weights.llama import require_v0
@@ -71,14 +71,15 @@ class Vicuna(nn.Module):
         self.scored = 2048  # answer tokens whose logits are held at once: 0.6 GB with 32,000 pieces and gradients
 
     @classmethod
-    def load(cls, folder: str | Path, joint: int, dtype: torch.dtype = torch.float32, device_map=None,
+    def load(cls, folder: str | Path, joint: int, dtype: torch.dtype = torch.float32,
+             device: str | torch.device = "cpu", device_map: str | dict | None = None,
              quantize: Literal["8bit", "4bit"] | None = None, lora: LoraSettings = PUBLISHED) -> "Vicuna":
         """Read a merged base model (config.json, weights, tokenizer.model), in evaluation mode.
 
-        `dtype` is that of the base whatever the file holds. With `device_map`, for example `{"": "cuda:0"}`, weights go
-        to the device shard by shard. LoRA starts without effect and `llama_proj` random: load a delta next. Raises
-        WeightsError for a missing or damaged file and for a 7B or 13B base other than Vicuna v0, SpgddError where the
-        device's memory is too small.
+        `dtype` is that of the base whatever the file holds. Its weights go to the device one by one, and on a CPU stay
+        mapped to the file where they need no conversion; `device_map` ("auto", or as in transformers) spreads them.
+        LoRA starts without effect and `llama_proj` random: load a delta next. Raises WeightsError for a missing or
+        damaged file and for a 7B or 13B base other than Vicuna v0, SpgddError where the device's memory is too small.
         """
         folder = Path(folder)
         quantization = _quantization(quantize, dtype)
@@ -88,9 +89,13 @@ class Vicuna(nn.Module):
         require_v0(folder)
         try:
             with late_progress():
+                mapped = device_map is None and quantize is None
                 llama, report = LlamaForCausalLM.from_pretrained(
-                    folder, dtype=dtype, device_map=device_map, quantization_config=quantization,
-                    attn_implementation="sdpa", local_files_only=True, output_loading_info=True)
+                    folder, dtype="auto" if mapped else dtype, quantization_config=quantization,
+                    device_map=None if mapped else device_map or {"": device}, attn_implementation="sdpa",
+                    local_files_only=True, output_loading_info=True)
+                if mapped:
+                    move(llama, torch.device(device), dtype)
         except torch.OutOfMemoryError as error:
             raise SpgddError(f"The base model in {folder} does not fit the device in {dtype}. Load it with "
                              "quantize='8bit' or '4bit', or free the device's memory.") from error
