@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spgdd.errors import WeightsError
@@ -19,6 +19,9 @@ from spgdd.files import whole_file
 
 STANDIN = "SPGDD-GPT STAND-IN: random values, not a trained model"
 AGAIN = "Fetch it with `spgdd weights download PROFILE`, or as notebook 01 shows."
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -39,8 +42,8 @@ def read_tensors(path: str | Path, intact: bool = False, mend: str = AGAIN) -> d
     """All tensors of a .safetensors, .pt, .pth or .bin file, mapped into memory and read when they are used.
 
     All but .safetensors are pickles, which could run a program on loading: only tensors are accepted. Replace
-    a mapped file as a whole, never write into it. `intact`: the tensors are read at once instead, and compared with
-    the checksum that `write_tensors` or torch put into the file. Raises WeightsError, with `mend` at its end, for a
+    a mapped file as a whole, never write into it. `intact`: the file is read at once, too, and compared with
+    the checksum that `write_tensors` or torch put into it. Raises WeightsError, with `mend` at its end, for a
     file that is missing, damaged, a web page, or holds more than tensors by name.
     """
     path = Path(path)
@@ -50,7 +53,9 @@ def read_tensors(path: str | Path, intact: bool = False, mend: str = AGAIN) -> d
         if is_web_page(path):
             raise ValueError("it is a web page, an error or a login")
         if path.suffix == ".safetensors":
-            return _unseal(path.read_bytes(), required=False)[0] if intact else load_file(path)
+            if intact:
+                _unseal(memoryview(np.memmap(path, mode="r")), required=False)
+            return load_file(path)
         archive = zipfile.is_zipfile(path)  # since 2020; torch cannot map the pickles from before
         if archive and intact and not is_standin(path) and (name := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"the checksum of {name} is another")
@@ -73,10 +78,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     Equal tensors and metadata give equal files; a checksum of both is the last of the metadata. Raises SpgddError
     where the file cannot be written.
     """
-    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    data = memoryview(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
     start, header = _header(data)
     # safetensors writes metadata in a random order, and with it another file each time: ours are put in here.
-    header, numbers = {"__metadata__": dict(metadata or {})} | header, memoryview(data)[start:]
+    header, numbers = {"__metadata__": dict(metadata or {})} | header, data[start:]
     header["__metadata__"]["checksum"] = _checksum(header, numbers)
     digest = hashlib.sha256()
     with whole_file(path) as file:
@@ -87,34 +92,40 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def read_sealed(path: str | Path, trusted: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, in memory of their own, and metadata of what `write_tensors` wrote.
+    """Tensors, parts of one memory that is theirs, and metadata of what `write_tensors` wrote.
 
     `trusted`: the checksum was compared before, and is not once more. Raises OSError where the file cannot be read and
     ValueError for any other content.
     """
-    data = Path(path).read_bytes()
+    data = np.fromfile(path, np.uint8)  # unlike safetensors' own `load`, it lets other threads run meanwhile
     try:
-        return _unseal(data, trusted)
-    except (SafetensorError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        start, header = _unseal(memoryview(data), trusted)
+        metadata, numbers = header.pop("__metadata__"), torch.from_numpy(data)[start:]
+        places = {name: (slice(*at["data_offsets"]), DTYPES[at["dtype"]], at["shape"]) for name, at in header.items()}
+        return {name: numbers[at].view(dtype).view(shape) for name, (at, dtype, shape) in places.items()}, metadata
+    except (AttributeError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
-def _unseal(data: bytes, trusted: bool = False, required: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """See `read_sealed`; without `required` a file that has no checksum passes, as others publish them."""
+def _unseal(data: memoryview, trusted: bool = False, required: bool = True) -> tuple[int, dict]:
+    """The `_header` of what `read_sealed` takes, without the checksum.
+
+    Without `required` a file that has no checksum passes, as others publish them.
+    """
     start, header = _header(data)
     written = data[:start] == _as_bytes(header)
     last, checksum = header.get("__metadata__", {"": ""}).popitem()
     if required or last == "checksum" or len(checksum) == 71:
-        right = trusted or (last, checksum) == ("checksum", _checksum(header, memoryview(data)[start:]))
+        right = trusted or (last, checksum) == ("checksum", _checksum(header, data[start:]))
         if not (written and right):
             raise ValueError("it is not as it was written: its checksum is another")
-    return load(data), header.get("__metadata__", {})
+    return start, header
 
 
-def _header(data: bytes) -> tuple[int, dict]:
+def _header(data: memoryview) -> tuple[int, dict]:
     """Where the numbers of a .safetensors file begin, and what stands before them."""
     start = 8 + int.from_bytes(data[:8], "little")
-    return start, json.loads(data[8:start])
+    return start, json.loads(bytes(data[8:start]))
 
 
 def _as_bytes(header: dict) -> bytes:

@@ -35,6 +35,7 @@ from spgdd.training.cache import Contents, FeatureCache, PictureFile, decode, en
 from spgdd.views import SIZE
 
 WINDOW = 64  # batches among which examples of like length are put together
+READERS = 4  # threads
 MARKERS = 5  # tokens of the format around a question or an answer, roughly
 ORDINARY = {"type": "anomaly", "place": "center", "box": (90, 90, 134, 134), "area": 0.04, "contrast": 0.2}
 
@@ -154,7 +155,8 @@ class TrainingData:
 
     def batches(self, plan: Iterable[Sequence[int]], epoch: int) -> Iterator[Batch]:
         """The batches of a plan, such as ``order`` or what a rank takes of it; one is made ahead in other threads."""
-        with ThreadPoolExecutor() as readers, ThreadPoolExecutor(1) as joiner:
+        # A few are enough for files of the cache, and more of them would hold up Python in the thread that trains.
+        with ThreadPoolExecutor(READERS if self.cache else None) as readers, ThreadPoolExecutor(1) as joiner:
 
             def begin(rows: Sequence[int]) -> Future:
                 examples = [readers.submit(self.example, index, epoch) for index in rows]
