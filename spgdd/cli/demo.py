@@ -14,7 +14,7 @@ from typer import Option
 from spgdd.errors import SpgddError
 
 HERE = ("127.0.0.1", "localhost", "::1")
-UPLOAD = "25mb"  # of a file, at most
+UPLOAD, REMEMBERED = 25 * 2**20, 16  # bytes of a file at most, or what a memory of so many good pictures takes
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # what each system has: nothing is fetched
 CONTRAST = {  # of the theme's faint texts, as WCAG asks for
     "body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300",
@@ -70,13 +70,16 @@ def serve(diagnoser, host: str = "127.0.0.1", port: int = 0, password: str | Non
         raise SpgddError("The demo needs gradio: `pip install 'spgdd[notebooks]'`.") from error
     from spgdd.ui.web_demo import build
 
+    model, profile = diagnoser.model, diagnoser.model.profile
+    patches = (profile.size // profile.patch) ** 2 * (4 if profile.rotate else 1)
+    upload = max(UPLOAD, REMEMBERED * 4 * model.memory.gates.numel() * patches)
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # a browser is to keep nothing of what was asked
     page = build(diagnoser, examples, seconds)
     try:
         page.launch(
             server_name=host, server_port=port or None, share=False, inline=False, prevent_thread_lock=True, quiet=True,
             auth=password and (lambda _, given: hmac.compare_digest(given.encode(), password.encode())),
-            max_file_size=UPLOAD, allowed_paths=[str(Path(examples).resolve())] if examples else None, ssr_mode=False,
+            max_file_size=upload, allowed_paths=[str(Path(examples).resolve())] if examples else None, ssr_mode=False,
             state_session_capacity=100, enable_monitoring=False, show_error=False, footer_links=["api"], css=CSS,
             js=ACCESSIBLE, theme=gradio.themes.Default(**FONTS).set(**CONTRAST),
         )  # fmt: skip
