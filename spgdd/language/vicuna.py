@@ -250,8 +250,9 @@ class Vicuna(nn.Module):
         if can_decode(llama):
             length = max(prompt.shape[1] + limit for prompt, limit in zip(prompts, limits, strict=True))
             decoder, self._decoder = self._decoder, None  # another thread that asks meanwhile makes its own
-            if decoder is None or not decoder.fits(rows, length):
-                decoder = Decoder(llama, len(self.tokenizer), rows, length)
+            if decoder and not decoder.fits(rows, length):
+                decoder = None  # its memory is free before the next one takes more
+            decoder = decoder or Decoder(llama, len(self.tokenizer), rows, length)
             tokens = decode(decoder, *asked, partial(choose, temperature=temperature, top_p=top_p))
         else:
             tokens = generated(self.llama_model, *asked, temperature, top_p)
