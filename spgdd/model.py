@@ -246,7 +246,8 @@ class SPGDD(nn.Module):
             return self.memory_tokens(patches, anomaly_map)
         entries, gate = entries.to(patches.device), self.memory.gates[-1, 0]  # (G, M, D), (D,)
         query = patches[:, -1].unflatten(0, (len(entries), -1))  # (G, B/G, N, D)
-        nearest = closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)  # (B, N)
+        with torch.no_grad():
+            nearest = closest(query, entries, gate.expand(len(entries), -1))[1].flatten(0, 1)  # (B, N)
         return self.memory_tokens(patches, anomaly_map, entries, nearest)
 
 

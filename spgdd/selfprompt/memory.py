@@ -141,11 +141,10 @@ def closest(query: Tensor, entries: Tensor, gate: Tensor, barred: Tensor | None 
     ``gate`` (G, D); ``barred`` as in ``nearest``.
     """
     query = F.normalize(query.float() * gate[:, None, None], dim=-1)
-    units = F.normalize(entries.float() * gate[:, None], dim=-1)
-    best, index = nearest(query, units, barred)
+    best, index = nearest(query, F.normalize(entries.float() * gate.detach()[:, None], dim=-1), barred)
     if torch.is_grad_enabled():  # the search is without gradient: the winners once more
-        winners = units.gather(1, index.flatten(1)[..., None].expand(-1, -1, units.shape[-1]))
-        best = (query * winners.view_as(query)).sum(-1)
+        winners = entries.gather(1, index.flatten(1)[..., None].expand(-1, -1, entries.shape[-1])).view_as(query)
+        best = (query * F.normalize(winners.float() * gate[:, None, None], dim=-1)).sum(-1)
     return 1 - best, index
 
 

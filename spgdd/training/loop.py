@@ -7,6 +7,7 @@ learns follow from seed and step. That is why a run goes on exactly where it was
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -56,7 +57,7 @@ def train(
     """
     folder, checkpoints, claims = Path(folder), Path(folder) / "checkpoints", ExitStack()
     log_folder = Path(log_folder or folder)
-    with prepared(model, settings, data.cache is not None) as parameters, stopping() as asked, claims:
+    with prepared(model, settings, data.cache is not None) as parameters, stopping() as asked, claims, settled():
         loss, half = lambda batch: objective(model, batch, settings.max_tgt_len), base(model).dtype == torch.float16
         worker = Worker(loss, parameters, settings, half, engine == "deepspeed")
         room = 12 * (settings.keep + 1) * sum(parameter.numel() for parameter in parameters.values())
@@ -216,6 +217,17 @@ def resume_from(path: Path, worker: Worker, settings: TrainingSettings, data) ->
     worker.load(state, position["step"])
     worker.scaler.load_state_dict(position["loss_scale"])
     return position["step"]
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Within it Python's garbage collector passes over all that is there already: millions of objects of libraries."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
