@@ -27,7 +27,7 @@ class Profile:
     licence: str  # of the weights, one line
     notebook: str  # where the files come from, the deltas' apart
     disk_gb: float  # size of the files
-    gpu_gb: float  # GPU memory to diagnose one image, estimated from the parameter counts
+    gpu_gb: float  # GPU memory to diagnose one image; of 13B estimated from the parameter counts
     precision: str = "auto"  # half precision on a GPU (spgdd.loading.choose_dtype); "float32": always
     # What sees: ImageBind, or a model of the hub
     imagebind: str | None = None  # name of the ImageBindConfig constant in spgdd.imagebind; None: ``backbone`` sees
