@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -132,6 +133,21 @@ def test_as_many_examples_as_fit_without_recomputation_and_else_with_it(monkeypa
         assert prepare.base(model).model.layers[0].gradient_checkpointing == expected[1]
         assert not any(parameter.grad is not None for parameter in parameters.values())
     assert f"takes {expected[0]} examples at once, with" in capsys.readouterr().err
+
+
+def test_what_did_not_fit_is_gone_before_the_vision_tower_comes_back(tmp_path, monkeypatch):
+    model, held = tiny_model(), []
+
+    def objective(model, batch, max_length):
+        activations = torch.zeros(1000)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tower = model.imagebind.modality_trunks["vision"]
+    monkeypatch.setattr(tower, "to", lambda device: held and held.append(held[0]()))
+    with pytest.raises(SpgddError, match="Step 1 does not fit .*--checkpointing, or a --micro_batch below 8"):
+        train(model, TinyData(), settings(batch=8), tmp_path, objective=objective)
+    assert held[1:] == [None]
 
 
 def test_rows_of_zeros_in_the_output_layer_change_nothing(monkeypatch):

@@ -14,6 +14,7 @@ import math
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -106,6 +107,7 @@ def train(
                 if done % settings.save_every == 0 or done == total:
                     save()
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # what they hold would leave no room for the vision tower
             micro = settings.micro_batch or settings.batch // worker.ranks
             raise SpgddError(f"Step {done + 1} does not fit the device's memory. --resume goes on from the last "
                              f"checkpoint: add --checkpointing, or a --micro_batch below {micro}.") from error
