@@ -72,9 +72,10 @@ class Decoder:
         adapters = [projection for layer in self.llama.model.layers for projection in with_lora(layer)]
         off = adapters[0].disable_adapters or adapters[0].merged
         down = torch.stack([adapter.lora_A["default"].weight for adapter in adapters])  # (4 per layer, r, H)
-        up = torch.stack([adapter.lora_B["default"].weight for adapter in adapters]).mT.unflatten(0, (-1, 4))
-        up = up * (0 if off else adapters[0].scaling["default"])  # (layers, 4, r, H)
         self.down.copy_(down.view_as(self.down))
+        del down  # before as much is taken again
+        up = torch.stack([adapter.lora_B["default"].weight for adapter in adapters]).mT.unflatten(0, (-1, 4))
+        up *= 0 if off else adapters[0].scaling["default"]  # (layers, 4, r, H)
         self.up.diagonal(dim1=1, dim2=3).copy_(up[:, :3].movedim(1, -1))
         self.out.copy_(up[:, 3])
 
