@@ -7,6 +7,7 @@ into them, nothing has to be taken out again before training, and it costs a hun
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +159,6 @@ def joined(*layers: nn.Linear) -> Tensor:
     return whole
 
 
-@torch.no_grad()
 def move(llama, device: torch.device, dtype: torch.dtype) -> None:
     """Take a LlamaForCausalLM whose weights are mapped to its files to a device, those side by side that are `joined`.
 
@@ -169,13 +169,18 @@ def move(llama, device: torch.device, dtype: torch.dtype) -> None:
     groups += [[part.gate_proj.weight, part.up_proj.weight] for part in mlps]
     grouped = {id(weight) for group in groups for weight in group}
     groups += [[weight] for weight in llama.parameters() if id(weight) not in grouped]
-    for group in tqdm(groups, desc="language model", delay=3, leave=False):
+
+    def lay(group: list[nn.Parameter]) -> None:
         if (group[0].device.type, group[0].dtype) != (device.type, dtype):
             size = sum(map(len, group)), *group[0].shape[1:]
             whole = torch.empty(size, dtype=dtype, device=device)
             for weight, place in zip(group, whole.split([len(weight) for weight in group]), strict=True):
                 place.copy_(weight.data.to(device))
                 weight.data = place
+
+    with ThreadPoolExecutor(4) as pool:  # a disk likes to be asked for several at once
+        for _ in tqdm(pool.map(lay, groups), desc="language model", total=len(groups), delay=3, leave=False):
+            pass
     llama.to(device)  # what is no weight
     llama.config.dtype = dtype
     if device.type == "cuda":
