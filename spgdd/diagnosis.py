@@ -19,7 +19,7 @@ from spgdd.images import image_name, read_image
 from spgdd.model import SPGDD
 from spgdd.profiles import PROFILES
 from spgdd.ranges import check_ranges
-from spgdd.reference import Reference, build_reference, digest_of, load_reference
+from spgdd.reference import Reference, build_reference, load_reference, pixel_digest
 from spgdd.report import Report, card, preview, sentence
 from spgdd.views import Region, Views
 from spgdd.whole import Whole
@@ -247,7 +247,7 @@ class Diagnoser:
             notes.append(f"{1 - views.seen_share:.0%} of it is outside the centre crop and was not seen")
         if calibration.guess:
             notes.append(f"its threshold is a guess, from {calibration.pictures} normal picture(s): give four or more")
-        if normals and digest_of(pixels[0]) in normals.digests:
+        if normals and pixel_digest(pixels[0]) in normals.digests:
             notes.append("it is one of the normal pictures itself, so a low score says nothing")
         found = Diagnosis(
             image=image_name(image), product=product, profile=model.profile.name,

@@ -68,9 +68,9 @@ def load_model(
     _require_files(profile, root)
     if dtype is None:
         dtype = torch.float32 if profile.precision == "float32" else choose_dtype(device)[0]
-    with_checksums = ThreadPoolExecutor(1)  # a second at 7B, beside what follows
-    states = with_checksums.map(partial(read_delta, root=root), profile.deltas)
-    with_checksums.shutdown(wait=False)
+    beside = ThreadPoolExecutor(1)  # checksums of deltas take a second at 7B: compared while the rest is read
+    states = beside.map(partial(read_delta, root=root), profile.deltas)
+    beside.shutdown(wait=False)
 
     if profile.imagebind:
         config = getattr(spgdd.imagebind, profile.imagebind)

@@ -183,11 +183,11 @@ def read_normals(normals, profile, tiles: int) -> tuple[dict[str, tuple[str, Vie
         levels = min(low for low, _ in own), max(high for _, high in own)
         found = [read(source, levels) for source in sources]
     for name, views, pixels, _ in found:
-        pictures.setdefault(digest_of(pixels[0]), (name, views, pixels))
+        pictures.setdefault(pixel_digest(pixels[0]), (name, views, pixels))
     return pictures, levels
 
 
-def digest_of(pixels: Tensor) -> str:
+def pixel_digest(pixels: Tensor) -> str:
     """SHA-256 of a picture's pixels."""
     return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
 
