@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -123,13 +124,16 @@ def build_reference(
     model: SPGDD, normals, product: str, budget: int | None = None, rotate: bool | None = None,
     tiles: int | None = None, known: dict[str, Seen] | None = None,
 ) -> Reference:  # fmt: skip
-    """See ``spgdd.diagnosis.Diagnoser.reference``. ``known``: what the same call with other pictures has seen."""
+    """See ``spgdd.diagnosis.Diagnoser.reference``; ``normals`` may also be read already.
+
+    ``known``: what the same call with other pictures has seen.
+    """
     known, profile = {} if known is None else known, model.profile
     budget, rotate, tiles = (
         getattr(profile, name) if value is None else value
         for name, value in (("budget", budget), ("rotate", rotate), ("tiles", tiles))
     )
-    pictures, levels = read_normals(normals, profile, tiles)
+    pictures, levels = normals if isinstance(normals, Normals) else read_normals(normals, profile, tiles)
     if new := [digest for digest in pictures if digest not in known]:
         known |= zip(new, model.look([pictures[digest][2] for digest in new], rotate), strict=True)
     names, views, pixels = zip(*pictures.values(), strict=True)
@@ -162,12 +166,19 @@ def build_reference(
     return Reference(product, names, bank, calibration, whole, frozenset(pictures), levels, tiles, *made_by)
 
 
-def read_normals(normals, profile, tiles: int) -> tuple[dict[str, tuple[str, Views, list[Tensor]]], tuple | None]:
-    """Name, views and their pixels of each different picture, by the digest of its pixels; and the levels of deep grey.
+class Normals(NamedTuple):
+    """Normal pictures as they were read."""
 
-    Raises ImageError where there is none.
+    pictures: dict[str, tuple[str, Views, list[Tensor]]]  # name, views and their pixels, by the first pixels' digest
+    levels: tuple[float, float] | None  # of deep grey, one range for all
+
+
+def read_normals(normals, profile, tiles: int, unreadable: list[ImageError] | None = None) -> Normals:
+    """Each different picture once. Raises ImageError where there is none.
+
+    And for one that cannot be read, unless there is a list that takes note of it.
     """
-    sources, pictures, levels = [], {}, None
+    sources, found, pictures, levels = [], [], {}, None
 
     def read(source, levels=None) -> tuple:
         picture = read_image(source, levels)
@@ -178,13 +189,19 @@ def read_normals(normals, profile, tiles: int) -> tuple[dict[str, tuple[str, Vie
         sources += list_images(item) if isinstance(item, (str, Path)) else [item]
     if not sources:
         raise ImageError("normals is empty: give a normal picture, or None to diagnose without any.")
-    found = [read(source) for source in sources]
+    for source in sources:
+        try:
+            found.append((source, *read(source)))
+        except ImageError as error:
+            if unreadable is None:
+                raise
+            unreadable.append(error)
     if own := [one[-1] for one in found if one[-1]]:  # one range for all of them, and for what is compared with them
         levels = min(low for low, _ in own), max(high for _, high in own)
-        found = [read(source, levels) for source in sources]
-    for name, views, pixels, _ in found:
+        found = [(source, *read(source, levels)) for source, *_ in found]
+    for _, name, views, pixels, _ in found:
         pictures.setdefault(pixel_digest(pixels[0]), (name, views, pixels))
-    return pictures, levels
+    return Normals(pictures, levels)
 
 
 def pixel_digest(pixels: Tensor) -> str:

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from fake_model import FakeModel, part
+from spgdd import reference
 from spgdd.diagnosis import Diagnoser
 from spgdd.errors import ImageError, SpgddError
+from spgdd.images import read_image
 from spgdd.ui.diagnosis_panel import diagnosis_panel
 from spgdd.ui.session import Session, explain
 
@@ -48,8 +50,11 @@ def test_good_pictures_are_encoded_once_each_with_progress(session, folder):
     assert again.known == "5 good pictures of object remembered."
 
 
-def test_a_good_picture_that_cannot_be_read_is_left_out_and_named(session, folder):
+def test_a_good_picture_that_cannot_be_read_is_left_out_and_named(session, folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr(reference, "read_image", lambda *source: opened.append(source) or read_image(*source))
     list(session.remember([folder / "good" / "1.png", folder / "doubt" / "2.png"], "nut"))
+    assert len(opened) == 2, "each is decoded once"
     assert session.known.startswith("1 good picture of nut remembered. Left out: 2.png: ")
     assert str(folder) not in session.known
     with pytest.raises(ImageError, match="No good picture can be used.*2.png"):

@@ -19,8 +19,7 @@ from spgdd.data.words import default_question
 from spgdd.diagnosis import Diagnoser, Diagnosis
 from spgdd.errors import ImageError, SpgddError
 from spgdd.files import whole_file, write_text
-from spgdd.images import read_image
-from spgdd.reference import Reference, build_reference, read_normals
+from spgdd.reference import Normals, Reference, build_reference, read_normals
 from spgdd.report import number, overlay, places
 
 RATES = 0.01, 0.4  # of false alarms, that a slider offers
@@ -65,22 +64,17 @@ class Session:
         if len(good) == 1 and Path(good[0]).suffix == ".safetensors":
             self._take(self.diagnoser.load_reference(good[0]))
             return
-        model, pictures, seen, kept, faults = self.diagnoser.model, {}, {}, [], []
-        for picture in map(str, good):
-            try:
-                read_image(picture)
-                kept.append(picture)
-            except ImageError as error:
-                faults.append(f"Left out: {explain(error)}")
-        if faults and not kept:
+        model, seen, unreadable = self.diagnoser.model, {}, []
+        profile = model.profile
+        read = read_normals(list(map(str, good)), profile, profile.tiles, unreadable) if good else Normals({}, None)
+        faults = [f"Left out: {explain(error)}" for error in unreadable]
+        if faults and not read.pictures:
             raise ImageError(" ".join(["No good picture can be used.", *faults]))
-        if kept:
-            pictures, _ = read_normals(kept, model.profile, model.profile.tiles)
-        for count, (digest, (_, _, pixels)) in enumerate(pictures.items(), start=1):
-            yield f"Good picture {count} of {len(pictures)} ..."
-            (seen[digest],) = model.look([pixels], model.profile.rotate)
+        for count, (digest, (_, _, pixels)) in enumerate(read.pictures.items(), start=1):
+            yield f"Good picture {count} of {len(read.pictures)} ..."
+            (seen[digest],) = model.look([pixels], profile.rotate)
         self.product = product.strip() or "object"
-        reference = build_reference(model, kept, self.product, known=seen) if kept else None
+        reference = build_reference(model, read, self.product, known=seen) if read.pictures else None
         self._take(reference and replace(reference, normals=tuple(Path(name).name for name in reference.normals)))
         self.known = " ".join([self.known, *faults])
 
