@@ -47,6 +47,7 @@ takes; memory is the peak of the step's processes, mapped files apart.
 """
 CONTEXT = 0.8  # GB that CUDA itself takes in a process
 PATIENCE = 900  # seconds for a step
+RUNNING: set[int] = set()  # processes of the steps
 
 
 @dataclass
@@ -114,6 +115,7 @@ def run(step: Step, patience: float, toy: bool, gpu: str) -> dict:
     paths = map(str, (ROOT / "scripts/rehearsal", ROOT, ROOT / "scripts", os.environ.get("PYTHONPATH", "")))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "SPGDD_WEIGHTS": str(WEIGHTS)}
     env |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": gpu} | step.env
+    env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's
     if step.gpu_gb:
         env["REHEARSAL_GPU_GB"] = str(step.gpu_gb - CONTEXT)
     if toy:
@@ -122,6 +124,7 @@ def run(step: Step, patience: float, toy: bool, gpu: str) -> dict:
     with open(log, "w") as file:
         process = subprocess.Popen(list(map(str, step.command)), cwd=ROOT / "notebooks", env=env, stdout=file,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        RUNNING.add(process.pid)
         ended = threading.Event()
         watch = threading.Thread(target=watch_memory, args=(process.pid, gpu, row, ended))
         watch.start()
@@ -132,8 +135,8 @@ def run(step: Step, patience: float, toy: bool, gpu: str) -> dict:
         finally:
             ended.set()
             watch.join()
-            with contextlib.suppress(ProcessLookupError):  # what it started and left behind ends, too
-                os.killpg(process.pid, signal.SIGKILL)
+            end(process.pid)  # what it started and left behind, too
+            RUNNING.discard(process.pid)
     row["seconds"] = time.monotonic() - start
     if status == 0 and step.host_gb and row["host"] > step.host_gb:
         status = f"more than {step.host_gb} GB of memory"
@@ -143,10 +146,15 @@ def run(step: Step, patience: float, toy: bool, gpu: str) -> dict:
     return row
 
 
+def end(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
 def watch_memory(pid: int, gpu: str, row: dict, ended: threading.Event) -> None:
     """Note the peaks of memory of a process and of what it started: the GPU's, and that which is no mapped file."""
     while not ended.wait(0.2):
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError, ValueError):  # a GPU may not tell
             parent, used = psutil.Process(pid), 0
             family = [parent, *parent.children(recursive=True)]
             for process in family:
@@ -273,22 +281,24 @@ def main() -> int:
         name, *arguments = options.do
         globals()[name](*arguments)
         return 0
-    toy, rows, lock, end = options.size == "toy", [], threading.Lock(), time.monotonic() + options.budget
+    toy, rows, lock, deadline = options.size == "toy", [], threading.Lock(), time.monotonic() + options.budget
     steps = [step for step in plan() if any(re.match(pattern, step.name) for pattern in options.steps)
              and not (options.skip_notebooks and step.name.startswith("notebook"))]  # fmt: skip
     if options.list:
         print(*(step.name for step in steps), sep="\n")
         return 0
     WEIGHTS.mkdir(parents=True, exist_ok=True)
-    every = ",".join(map(str, range(torch.cuda.device_count())))  # "" without a GPU
-    names, gpus = itertools.cycle(os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")), queue.SimpleQueue()
-    for gpu in itertools.islice(names, options.jobs):
-        gpus.put(gpu)
+    count, gpus = torch.cuda.device_count(), queue.SimpleQueue()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+    for gpu in itertools.islice(itertools.cycle(names or [""]), options.jobs):
+        gpus.put(gpu.strip())
 
     def perform(step: Step) -> None:
-        left, gpu = end - time.monotonic(), gpus.get()
-        row = run(step, min(left, PATIENCE), toy, gpu) if left > 5 else untried(step, "time is up")
-        gpus.put(gpu)
+        left, gpu = deadline - time.monotonic(), gpus.get()
+        try:
+            row = run(step, min(left, PATIENCE), toy, gpu) if left > 5 else untried(step, "time is up")
+        finally:
+            gpus.put(gpu)
         with lock:
             rows.append(row)
             print(LINE.format(**row), flush=True)
@@ -296,7 +306,13 @@ def main() -> int:
 
     for wave, group in itertools.groupby(sorted(steps, key=attrgetter("wave")), attrgetter("wave")):
         with ThreadPoolExecutor(options.jobs if wave else 1) as pool:
-            list(pool.map(perform, group))
+            try:
+                list(pool.map(perform, group))
+            except BaseException:  # Ctrl-C, say
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(RUNNING):
+                    end(process)
+                raise
     print(save(rows, toy))
     return int(any(row["passed"].startswith("no:") for row in rows))
 

@@ -174,9 +174,9 @@ class Normals(NamedTuple):
 
 
 def read_normals(normals, profile, tiles: int, unreadable: list[ImageError] | None = None) -> Normals:
-    """Each different picture once. Raises ImageError where there is none.
+    """Each different picture once. Raises ImageError where there is none, and for one that cannot be read.
 
-    And for one that cannot be read, unless there is a list that takes note of it.
+    With a list of the ``unreadable`` ones, which takes their errors, ``normals`` are files and pictures, no folders.
     """
     sources, found, pictures, levels = [], [], {}, None
 
@@ -186,7 +186,7 @@ def read_normals(normals, profile, tiles: int, unreadable: list[ImageError] | No
         return image_name(source), views, views.pixels(picture), picture.info["levels"]
 
     for item in normals if isinstance(normals, (list, tuple)) else [normals]:
-        sources += list_images(item) if isinstance(item, (str, Path)) else [item]
+        sources += list_images(item) if isinstance(item, (str, Path)) and unreadable is None else [item]
     if not sources:
         raise ImageError("normals is empty: give a normal picture, or None to diagnose without any.")
     for source in sources:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import pickle
+import traceback
 import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ def read_tensors(path: str | Path, intact: bool = False, mend: str = AGAIN) -> d
         raise WeightsError(f"{path} was not opened: it holds objects that could run code, or is no "
                            f"checkpoint. {mend}") from None
     except Exception as error:  # what a damaged pickle raises, nobody knows
+        traceback.clear_frames(error.__traceback__)  # Windows replaces no file that they have mapped
         reason = (str(error) or type(error).__name__).partition("\n")[0]  # torch's go on with a stack of C++
         raise WeightsError(f"{path} ({path.stat().st_size:,} bytes) is cut short, damaged or no checkpoint: "
                            f"{reason}. {mend}") from error
@@ -114,7 +116,7 @@ def _unseal(data: memoryview, trusted: bool = False, required: bool = True) -> t
     """
     start, header = _header(data)
     written = data[:start] == _as_bytes(header)
-    last, checksum = header.get("__metadata__", {"": ""}).popitem()
+    last, checksum = (header.get("__metadata__") or {"": ""}).popitem()
     if required or last == "checksum" or len(checksum) == 71:
         right = trusted or (last, checksum) == ("checksum", _checksum(header, data[start:]))
         if not (written and right):

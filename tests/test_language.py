@@ -543,3 +543,12 @@ def test_weights_are_joined_once_and_anew_where_they_were_replaced():
     assert again.data_ptr() == whole.data_ptr() == layers[0].weight.data_ptr() and torch.equal(again, whole)
     layers[1].weight.data = before[1] + 1
     assert torch.equal(joined(*layers)[4:6], before[1] + 1)
+
+
+def test_the_files_tell_their_precision_and_not_the_config(tmp_path):
+    shutil.copytree(PANDA / "llama", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, expected = (Vicuna.load(folder, joint=JOINT).state_dict() for folder in (tmp_path, PANDA / "llama"))
+    name = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    assert found[name].dtype == torch.float32 and torch.equal(found[name], expected[name])

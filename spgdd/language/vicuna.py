@@ -3,10 +3,11 @@
 import importlib.util
 import logging
 import pickle
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from spgdd.language.conversation import ASSISTANT, IGNORE, IMAGE_END, PROMPT_STA
 from spgdd.language.decoding import ROWS, Decoder, can_decode, choose, decode, generated, move
 from spgdd.language.tokenizer import LlamaTokenizer
 from spgdd.tensors import late_progress, to_device
-from spgdd.weights.llama import require_v0
+from spgdd.weights.llama import Shards, read_config, require_v0
 
 DOWNLOAD = "Get it with `spgdd weights download PROFILE` or notebook 01."
 
@@ -87,16 +88,21 @@ class Vicuna(nn.Module):
             if not (folder / name).is_file():
                 raise WeightsError(f"No base model in {folder}: {name} is missing. {DOWNLOAD}")
         require_v0(folder)
+        mapped = device_map is None and quantize is None and "quantization_config" not in read_config(folder)
+        llama, held = None, dtype
         try:
+            if mapped:  # as the files have it, whatever the config says
+                held = reduce(torch.promote_types, {spec[0] for spec in Shards(folder).specs.values()}, torch.uint8)
             with late_progress():
-                mapped = device_map is None and quantize is None
                 llama, report = LlamaForCausalLM.from_pretrained(
-                    folder, dtype="auto" if mapped else dtype, quantization_config=quantization,
+                    folder, dtype=held, quantization_config=quantization,
                     device_map=None if mapped else device_map or {"": device}, attn_implementation="sdpa",
                     local_files_only=True, output_loading_info=True)
                 if mapped:
                     move(llama, torch.device(device), dtype)
         except torch.OutOfMemoryError as error:
+            llama = None
+            traceback.clear_frames(error.__traceback__)  # else the message would keep what was loaded in memory
             raise SpgddError(f"The base model in {folder} does not fit the device in {dtype}. Load it with "
                              "quantize='8bit' or '4bit', or free the device's memory.") from error
         except pickle.UnpicklingError:  # torch's own message advises to switch the protection off
