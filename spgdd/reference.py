@@ -137,7 +137,8 @@ def build_reference(
     if new := [digest for digest in pictures if digest not in known]:
         known |= zip(new, model.look([pictures[digest][2] for digest in new], rotate), strict=True)
     names, views, pixels = zip(*pictures.values(), strict=True)
-    whole = Whole.join([Whole.of(pixels[i][0], known[digest]) for i, digest in enumerate(pictures)])
+    wholes = [Whole.of(pixels[i][0], known[digest]) for i, digest in enumerate(pictures)]
+    whole = Whole(*map(torch.cat, zip(*wholes, strict=True)))
     patches = torch.stack([known[digest].patches for digest in pictures])  # (K, R, V, L, N, D)
     origin = torch.arange(len(names)).repeat_interleave(patches.shape[1] * patches.shape[2])
     bank = model.memory.build(patches.flatten(0, 2), rotate, budget, origin)

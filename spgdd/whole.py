@@ -42,10 +42,6 @@ class Whole(NamedTuple):
         tokens = seen.patches[0, 0]  # (L, N, D)
         return cls(light[None], F.normalize(tokens[min(1, len(tokens) - 1)].float().mean(0), dim=0)[None].cpu())
 
-    @classmethod
-    def join(cls, some: list["Whole"]) -> "Whole":
-        return cls(*map(torch.cat, zip(*some, strict=True)))
-
     def distances(self, others: "Whole") -> Tensor:
         """Of each picture to each other one, by each of the five measures: (K, K', 5)."""
         light = self.light[:, None] - others.light
@@ -64,12 +60,9 @@ class Whole(NamedTuple):
         """How this one picture differs from all normal ones, in words; nothing where it is like them."""
         distances = self.distances(normals)[0]  # (K, 5)
         found = (distances.amin(0) > normals.limits()).tolist()
-        words = []
-        for number, (less, more) in enumerate(WORDS):
-            if found[number]:
-                nearest = normals.light[distances[:, number].argmin(), number]
-                words.append(more if self.light[0, number] > nearest else less)
-        return words + ["of another look"] * found[-1]
+        nearest = normals.light.gather(0, distances[:, :4].argmin(0, keepdim=True))[0]  # (4,), by each measure of light
+        more = (self.light[0] > nearest).tolist()
+        return [words[more[i]] for i, words in enumerate(WORDS) if found[i]] + ["of another look"] * found[-1]
 
     def groups(self) -> int:
         """Into how many groups normal pictures fall that look unlike each other, as of several surfaces."""

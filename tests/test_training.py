@@ -458,7 +458,7 @@ def test_a_notebook_gets_one_picture_that_is_redrawn(tmp_path, monkeypatch):
         def update(self, picture):
             updated.append(picture)
 
-    monkeypatch.setattr(spgdd.training.log, "in_notebook", lambda: True)
+    monkeypatch.setattr(spgdd.training.log, "is_notebook", lambda: True)
     monkeypatch.setattr(spgdd.training.log.Curve, "SECONDS", 0)
     monkeypatch.setattr(IPython.display, "display", lambda picture, display_id: shown.append(picture) or Handle())
     train(tiny_model(), TinyData(), settings(epochs=1, steps=3), tmp_path)

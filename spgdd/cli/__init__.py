@@ -34,12 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def group(name: str, about: str) -> typer.Typer:
-    made = typer.Typer(help=about)
-    app.add_typer(made, name=name)
-    return made
-
-
 def show_version(wanted: bool) -> None:
     if wanted:
         print(__version__)
@@ -61,19 +55,19 @@ def spgdd(
 add(app, "diagnose", diagnose, MODEL,
     epilog='example: spgdd diagnose parts/ --normal good/ --product "metal nut" --report result.html')  # fmt: skip
 add(app, "demo", demo, MODEL)
-actions = group("memory", "Keep what normal pictures look like in a file.")
+app.add_typer(actions := typer.Typer(help="Keep what normal pictures look like in a file."), name="memory")
 add(actions, "build", memory.build, MODEL)
 add(actions, "inspect", memory.inspect)
 add(app, "evaluate", evaluate, MODEL, epilog="All figures are percentages.")
 add(app, "train", train, SETTINGS)
-actions = group("weights", "List, download, verify, merge and check weights.")
+app.add_typer(actions := typer.Typer(help="List, download, verify, merge and check weights."), name="weights")
 add(actions, "list", weights.show_states)
 add(actions, "show", weights.show)
 add(actions, "download", weights.download)
 add(actions, "verify", weights.verify)
 add(actions, "merge-vicuna", weights.merge_vicuna)
 add(actions, "check", weights.check)
-actions = group("tadd", "Index data sets, write TADD_text.json, download.")
+app.add_typer(actions := typer.Typer(help="Index data sets, write TADD_text.json, download."), name="tadd")
 add(actions, "index", tadd.index)
 add(actions, "describe", tadd.describe)
 add(actions, "world", tadd.world)

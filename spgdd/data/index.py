@@ -42,12 +42,12 @@ def index_folder(folder: str | Path, split_csv: str | Path | None = None, check:
     rows = _visa_tables(rows, found, files, folder, split_csv, problems)
     problems += _left_over(files, found, folder)
     if not rows:
-        raise DataError("\n".join([
+        raise DataError(
             f"No known layout in {folder} ({len(files)} files). MVTec's is PRODUCT/train/good, PRODUCT/test/TYPE and "
             "PRODUCT/ground_truth/TYPE; a folder `good` beside one for each defect type will do; "
             "`spgdd tadd download -h` lists what else is.",
             *map(str, problems[:SHOWN]),
-        ]))  # fmt: skip
+        )
     index = Index(folder, rows, problems + _duplicates(folder, rows))
     return index.checked() if check else index
 

@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -94,12 +93,6 @@ class FeatureCache:
         self._digests: dict[Path, bytes] = {}
         self._read: set[tuple[Path, int, int]] = set()  # files, with size and time, whose checksum was compared
 
-    @cached_property
-    def bytes_each(self) -> int:
-        config = self.model.imagebind.config
-        patches = len(config.taps) * (config.image_size // config.patch) ** 2 * config.vision.width
-        return 2 * patches + 4 * config.joint + SIZE**2
-
     def path(self, picture: PictureFile) -> Path:
         """The file of a picture, there or not; reads the files that it depends on, once each."""
         masks = mask_files(picture.mask) if picture.mask else [None]
@@ -127,7 +120,9 @@ class FeatureCache:
             there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
             missing = [path for path in of if path.name not in there]
             mend = "Choose another folder or fewer variants, or train without a cache."
-            require_room(self.folder, len(missing) * self.bytes_each, mend)
+            config = self.model.imagebind.config
+            patches = len(config.taps) * (config.image_size // config.patch) ** 2 * config.vision.width
+            require_room(self.folder, len(missing) * (2 * patches + 4 * config.joint + SIZE**2), mend)
             start = len(missing) * rank // ranks
             missing = missing[start:] + missing[:start]
             parts = [missing[first : first + BATCH] for first in range(0, len(missing), BATCH)]

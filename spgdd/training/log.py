@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import is_notebook
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ class Log:
         self.lines = worker.gather([line for line in before if line["step"] <= done])[0]  # later ones come again
         if worker.rank == 0:
             write_text(self.path, "".join(map(as_text, self.lines)))
-            self.view = (Curve if in_notebook() else Bar)(total, self.lines)
+            self.view = (Curve if is_notebook() else Bar)(total, self.lines)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -109,14 +110,6 @@ def read(path: Path) -> list[dict]:
         for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             lines.append(json.loads(text))
     return lines
-
-
-def in_notebook() -> bool:
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return type(get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
 class Bar:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from spgdd.errors import WeightsError
@@ -62,9 +61,7 @@ class Bundle:
         return sum(file.size for file in self.files)
 
 
-@cache
-def _data() -> dict:
-    return json.loads(resources.files("spgdd.weights").joinpath("catalog.json").read_text(encoding="utf-8"))
+_data = cache(lambda: json.loads(Path(__file__).with_name("catalog.json").read_text(encoding="utf-8")))
 
 
 def names() -> tuple[list[str], list[str]]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.files import read_json, write_json
 from spgdd.profiles import weights_folder
@@ -103,13 +101,11 @@ def _plausible(path: Path, suffix: str) -> None:
     try:
         if suffix == ".json":
             json.loads(path.read_bytes())
-        elif suffix == ".safetensors":
-            safe_open(path, "pt")
-        elif suffix in (".bin", ".pt", ".pth"):
+        elif suffix in (".safetensors", ".bin", ".pt", ".pth"):
             read_tensors(path)
         elif suffix == ".zip":
             zipfile.ZipFile(path).close()
-    except (ValueError, SafetensorError, zipfile.BadZipFile, WeightsError) as error:
+    except (ValueError, zipfile.BadZipFile, WeightsError) as error:
         raise WeightsError(f"it is damaged, or no {suffix} file") from error
 
 
