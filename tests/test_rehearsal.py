@@ -1,8 +1,13 @@
 """The rehearsal of the large profiles, at toy size: steps of their own, limits, and a table that tells the truth."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
+
+import psutil
 
 from conftest import ROOT
 
@@ -30,3 +35,16 @@ def test_a_spent_budget_starts_nothing(tmp_path):
     status, rows = rehearse(tmp_path, "--steps", "world", "index", "--budget", "0")
     assert status == 0 and [values[-1] for values in rows.values()] == ["not run: time is up"] * 2
     assert not list(tmp_path.glob("*.log"))
+
+
+def test_ctrl_c_ends_the_steps_too(tmp_path):
+    env = os.environ | {"REHEARSAL_FOLDER": str(tmp_path)}
+    command = [sys.executable, SCRIPT, "--size", "toy", "--steps", "stand-ins", "world"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored where tests run behind "&"
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        while not (steps := psutil.Process(process.pid).children()):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate(timeout=30)[1].decode()
+    assert not psutil.wait_procs(steps, timeout=5)[1] and not (tmp_path / "world.log").exists()
