@@ -47,7 +47,6 @@ takes; memory is the peak of the step's processes, mapped files apart.
 """
 CONTEXT = 0.8  # GB that CUDA itself takes in a process
 PATIENCE = 900  # seconds for a step
-RUNNING: set[int] = set()  # processes of the steps
 
 
 @dataclass
@@ -124,7 +123,6 @@ def run(step: Step, patience: float, toy: bool, gpu: str) -> dict:
     with open(log, "w") as file:
         process = subprocess.Popen(list(map(str, step.command)), cwd=ROOT / "notebooks", env=env, stdout=file,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-        RUNNING.add(process.pid)
         ended = threading.Event()
         watch = threading.Thread(target=watch_memory, args=(process.pid, gpu, row, ended))
         watch.start()
@@ -136,7 +134,6 @@ def run(step: Step, patience: float, toy: bool, gpu: str) -> dict:
             ended.set()
             watch.join()
             end(process.pid)  # what it started and left behind, too
-            RUNNING.discard(process.pid)
     row["seconds"] = time.monotonic() - start
     if status == 0 and step.host_gb and row["host"] > step.host_gb:
         status = f"more than {step.host_gb} GB of memory"
@@ -310,8 +307,8 @@ def main() -> int:
                 list(pool.map(perform, group))
             except BaseException:  # Ctrl-C, say
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(RUNNING):
-                    end(process)
+                for step in psutil.Process().children():
+                    end(step.pid)
                 raise
     print(save(rows, toy))
     return int(any(row["passed"].startswith("no:") for row in rows))

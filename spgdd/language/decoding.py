@@ -148,38 +148,41 @@ class Decoder:
 @torch.no_grad()
 def joined(*layers: nn.Linear) -> Tensor:
     """One matrix of the weights of layers that read the same; theirs become parts of it, so it takes no memory."""
-    weights = [layer.weight.data for layer in layers]
+    weights = [layer.weight for layer in layers]
     ends = [weight.data_ptr() + weight.nbytes for weight in weights]
     storages = {weight.untyped_storage().data_ptr() for weight in weights}
     if len(storages) == 1 and ends[:-1] == [weight.data_ptr() for weight in weights[1:]]:  # joined before
-        return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
-    whole = torch.cat(weights)
-    for layer, part in zip(layers, whole.split([len(weight) for weight in weights]), strict=True):
-        layer.weight.data = part
+        return weights[0].data.as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
+    return laid_together(weights, weights[0].device, weights[0].dtype)
+
+
+def laid_together(weights: Sequence[nn.Parameter], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The values of weights one behind the other in one memory, on a device and in a precision; they become its parts.
+
+    A GPU converts them: it is faster, and half precision is half as many bytes on the way.
+    """
+    whole = torch.empty(sum(map(len, weights)), *weights[0].shape[1:], dtype=dtype, device=device)
+    for weight, place in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+        place.copy_(weight.data.to(device))
+        weight.data = place
     return whole
 
 
 def move(llama, device: torch.device, dtype: torch.dtype) -> None:
-    """Take a LlamaForCausalLM whose weights are mapped to its files to a device, those side by side that are `joined`.
+    """Take a LlamaForCausalLM without LoRA, whose weights are mapped to its files, to a device.
 
-    A GPU converts them: it is faster, and they are half as many bytes on the way. What is as it should be stays.
+    Those that a `Decoder` wants `joined` are laid together. What is as it should be stays.
     """
-    attention, mlps = ([getattr(layer, name) for layer in llama.model.layers] for name in ("self_attn", "mlp"))
-    groups = [[part.q_proj.weight, part.k_proj.weight, part.v_proj.weight] for part in attention]
-    groups += [[part.gate_proj.weight, part.up_proj.weight] for part in mlps]
+    alike = [parts for layer in llama.model.layers
+             for parts in (with_lora(layer)[:3], (layer.mlp.gate_proj, layer.mlp.up_proj))]  # fmt: skip
+    groups = [[part.weight for part in parts] for parts in alike]
     grouped = {id(weight) for group in groups for weight in group}
     groups += [[weight] for weight in llama.parameters() if id(weight) not in grouped]
 
-    def lay(group: list[nn.Parameter]) -> None:
-        if (group[0].device.type, group[0].dtype) != (device.type, dtype):
-            size = sum(map(len, group)), *group[0].shape[1:]
-            whole = torch.empty(size, dtype=dtype, device=device)
-            for weight, place in zip(group, whole.split([len(weight) for weight in group]), strict=True):
-                place.copy_(weight.data.to(device))
-                weight.data = place
-
+    groups = [group for group in groups if (group[0].device.type, group[0].dtype) != (device.type, dtype)]
     with ThreadPoolExecutor(4) as pool:  # a disk likes to be asked for several at once
-        for _ in tqdm(pool.map(lay, groups), desc="language model", total=len(groups), delay=3, leave=False):
+        laid = pool.map(lambda group: laid_together(group, device, dtype), groups)
+        for _ in tqdm(laid, desc="language model", total=len(groups), delay=3, leave=False):
             pass
     llama.to(device)  # what is no weight
     llama.config.dtype = dtype

@@ -223,7 +223,7 @@ def resume_from(path: Path, worker: Worker, settings: TrainingSettings, data) ->
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Within it Python's garbage collector passes over all that is there already: millions of objects of libraries."""
+    """Within it Python's garbage collector leaves alone what was there before: millions of objects of libraries."""
     gc.collect()
     gc.freeze()
     try:
