@@ -48,7 +48,7 @@ from spgdd.training.settings import TrainingSettings, load_settings
 from spgdd.training.worker import join_processes
 
 EPOCHS = 3
-CONTEXT = 0.8  # GB of a GPU that CUDA itself takes
+CONTEXT = 1.0  # GB of a GPU that CUDA itself takes, at most
 PATIENCE = 300  # seconds after which a part is given up
 WORDS = "there is no scratch at the top left of the metal plate and I see no other defect in it".split()
 

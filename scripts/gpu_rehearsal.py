@@ -45,7 +45,7 @@ Written by `make gpu-rehearsal`, with stand-in weights. GPU memory is the peak o
 takes; memory is the peak of the step's processes, mapped files apart.
 
 """
-CONTEXT = 0.8  # GB that CUDA itself takes in a process
+CONTEXT = 1.0  # GB that CUDA itself takes in a process, at most
 PATIENCE = 900  # seconds for a step
 
 

@@ -120,6 +120,17 @@ def test_losses_equal_the_published_ones():
     check("C.loss_dice", dice_loss(probabilities[:, 1], truth)[None], TRAIN["C.loss_dice"], atol=1e-6)
 
 
+def test_losses_of_several_taps_are_the_means_of_each():
+    probabilities, truth = TRAIN["C.loss_probs"], TRAIN["C.loss_gt"]
+    taps = probabilities, probabilities.flip(1)
+    together, every = torch.stack(taps, dim=1), truth[:, None]
+    focal, dice = ([loss(tap, truth) for tap in given] for loss, given in
+                   ((focal_loss, taps), (dice_loss, [tap[:, 1] for tap in taps])))  # fmt: skip
+    assert focal[0] != focal[1] and dice[0] != dice[1]
+    check("focal loss", focal_loss(together, every), sum(focal) / 2, atol=1e-6)
+    check("dice loss", dice_loss(together[:, :, 1], every), sum(dice) / 2, atol=1e-6)
+
+
 # Prompt learner
 
 

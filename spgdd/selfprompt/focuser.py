@@ -116,17 +116,16 @@ def enlarge(maps: Tensor, patch: int = 14) -> Tensor:
 
 
 def focal_loss(probabilities: Tensor, mask: Tensor, gamma: float = 2.0, smooth: float = 1e-5) -> Tensor:
-    """Focal loss (Lin et al. 2017), smoothed as in AnomalyGPT, mean over pixels.
+    """Focal loss (Lin et al. 2017), smoothed as in AnomalyGPT, mean over pixels and what stands before them.
 
-    ``probabilities`` (B, 2, H, W) of [normal, abnormal], ``mask`` (B, H, W) of 0 and 1.
+    ``probabilities`` (..., 2, H, W) of [normal, abnormal]; ``mask`` of 0 and 1, (..., H, W) or what expands to it.
     """
-    target = torch.stack([1 - mask, mask], dim=1).clamp(smooth, 1 - smooth)  # (B, 2, H, W)
-    p_true = (probabilities * target).sum(1) + smooth
+    normal, abnormal = probabilities.unbind(-3)
+    p_true = normal.lerp(abnormal, mask.clamp(smooth, 1 - smooth)) + smooth
     return -((1 - p_true) ** gamma * p_true.log()).mean()
 
 
 def dice_loss(probability: Tensor, mask: Tensor, smooth: float = 1.0) -> Tensor:
-    """1 - Dice coefficient of the abnormal probability and a 0/1 mask, both (B, H, W), mean over images."""
-    overlap = (probability * mask).flatten(1).sum(1)
-    total = probability.flatten(1).sum(1) + mask.flatten(1).sum(1)
-    return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
+    """1 - Dice coefficient of the abnormal probability (..., H, W) and a 0/1 mask, mean over what stands before H."""
+    overlap, *areas = (part.flatten(-2).sum(-1) for part in (probability * mask, probability, mask))
+    return 1 - ((2 * overlap + smooth) / (sum(areas) + smooth)).mean()

@@ -28,7 +28,10 @@ class PromptLearner(nn.Module):
         self.meta_net = nn.Sequential(*stages, nn.Conv2d(channels[-1], hidden, 5))
 
     def forward(self, anomaly_map: Tensor) -> Tensor:
-        cells = self.meta_net(anomaly_map).flatten(2).transpose(1, 2)  # (B, H, 3, 3) -> (B, 9, H)
+        # The last convolution, 5x5 with many channels, is a matrix product: cuDNN's kernel for its gradient is slow.
+        seen, last = self.meta_net[:-1](anomaly_map), self.meta_net[-1]  # (B, C, 7, 7)
+        windows = F.unfold(seen, last.kernel_size).transpose(1, 2)  # (B, 9, C * 25)
+        cells = F.linear(windows, last.weight.flatten(1), last.bias)  # (B, 9, H)
         return torch.cat([self.base_prompts.expand(len(cells), -1, -1), cells], dim=1)
 
 
@@ -66,8 +69,9 @@ class MemoryTokens(nn.Module):
         patches, grid = patches[:, -1], isqrt(patches.shape[2])
         scores = F.adaptive_avg_pool2d(anomaly_map.float(), grid).flatten(1)  # (B, 1, 224, 224) -> (B, N)
         worst = scores.topk(self.worst, dim=1).indices  # (B, T)
-        places = F.interpolate(self.places[None], (grid, grid), mode="bilinear")[0]  # (H, 3, 3) -> (H, G, G)
-        strange = self.base[: self.worst] + places.flatten(1).T[worst]  # (B, T, H)
+        cells = torch.eye(CELLS**2, device=scores.device).unflatten(1, (CELLS, CELLS))[None]
+        shares = F.interpolate(cells, (grid, grid), mode="bilinear")[0].flatten(1).T  # (N, 9): of cells
+        strange = self.base[: self.worst] + shares[worst] @ self.places.flatten(1).T  # (B, T, H)
         usual = self.base[self.worst :].expand(len(patches), -1, -1)  # (B, C, H)
         if entries is not None:
             turns = len(patches) // len(entries)  # images of a bank

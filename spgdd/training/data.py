@@ -35,7 +35,7 @@ from spgdd.training.cache import Contents, FeatureCache, PictureFile, decode, en
 from spgdd.views import SIZE
 
 WINDOW = 64  # batches among which examples of like length are put together
-READERS = 4  # threads
+READERS = 2  # threads
 MARKERS = 5  # tokens of the format around a question or an answer, roughly
 ORDINARY = {"type": "anomaly", "place": "center", "box": (90, 90, 134, 134), "area": 0.04, "contrast": 0.2}
 
@@ -155,7 +155,7 @@ class TrainingData:
 
     def batches(self, plan: Iterable[Sequence[int]], epoch: int) -> Iterator[Batch]:
         """The batches of a plan, such as ``order`` or what a rank takes of it; one is made ahead in other threads."""
-        # A few are enough for files of the cache, and more of them would hold up Python in the thread that trains.
+        # Two are enough for files of the cache; more of them hold up Python in the thread that trains.
         with ThreadPoolExecutor(READERS if self.cache else None) as readers, ThreadPoolExecutor(1) as joiner:
 
             def begin(rows: Sequence[int]) -> Future:
@@ -167,9 +167,9 @@ class TrainingData:
 
     def example(self, index: int, epoch: int) -> Example:
         item, rng = self.items[index], random.Random(f"{self.seed} {epoch} {index}")
-        picture = rng.choice(item.pictures)
-        others = [normal for normal in item.normals if normal.image != picture.image]
-        chosen = rng.sample(others, min(rng.choice(self.shots), len(others)))
+        picture, count = rng.choice(item.pictures), rng.choice(self.shots)
+        drawn = rng.sample(item.normals, min(count + 1, len(item.normals)))  # one more, should it be the picture itself
+        chosen = [normal for normal in drawn if normal.image != picture.image][:count]
         seen = self._read(picture)
         key = f"{picture.image}, anomaly {picture.number}" if picture.source else str(picture.image)
         talk = self._talk(index, epoch, seen.defects)

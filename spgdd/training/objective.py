@@ -61,10 +61,10 @@ def spgdd_loss(model: SPGDD, batch: Batch, max_length: int = 1024) -> TrainingLo
     parts, few = {}, sum(map(bool, counts))
     if batch.masks is not None:
         truth = (batch.masks.index_select(0, index) > MASK_THRESHOLD).float()
-        taps = probabilities.unbind(1)
+        taps, every = probabilities.shape[1], truth[:, None]  # a mean of each tap, and the sum of these
         parts = {
-            "focal": sum(focal_loss(tap, truth) for tap in taps),
-            "dice": sum(dice_loss(tap[:, 1], truth) for tap in taps),
+            "focal": taps * focal_loss(probabilities, every),
+            "dice": taps * dice_loss(probabilities[:, :, 1], every),
         }
         if model.comparison is not None and few:
             found, share = maps[-few:], few / len(counts)
