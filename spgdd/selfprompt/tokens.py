@@ -70,8 +70,8 @@ class MemoryTokens(nn.Module):
         scores = F.adaptive_avg_pool2d(anomaly_map.float(), grid).flatten(1)  # (B, 1, 224, 224) -> (B, N)
         worst = scores.topk(self.worst, dim=1).indices  # (B, T)
         cells = torch.eye(CELLS**2, device=scores.device).unflatten(1, (CELLS, CELLS))[None]
-        shares = F.interpolate(cells, (grid, grid), mode="bilinear")[0].flatten(1).T  # (N, 9): of cells
-        strange = self.base[: self.worst] + shares[worst] @ self.places.flatten(1).T  # (B, T, H)
+        weights = F.interpolate(cells, (grid, grid), mode="bilinear")[0].flatten(1).T  # (N, 9), of the cells
+        strange = self.base[: self.worst] + weights[worst] @ self.places.flatten(1).T  # (B, T, H)
         usual = self.base[self.worst :].expand(len(patches), -1, -1)  # (B, C, H)
         if entries is not None:
             turns = len(patches) // len(entries)  # images of a bank

@@ -61,7 +61,7 @@ def spgdd_loss(model: SPGDD, batch: Batch, max_length: int = 1024) -> TrainingLo
     parts, few = {}, sum(map(bool, counts))
     if batch.masks is not None:
         truth = (batch.masks.index_select(0, index) > MASK_THRESHOLD).float()
-        taps, every = probabilities.shape[1], truth[:, None]  # a mean of each tap, and the sum of these
+        taps, every = probabilities.shape[1], truth[:, None]  # their sum over taps is the mean times the number
         parts = {
             "focal": taps * focal_loss(probabilities, every),
             "dice": taps * dice_loss(probabilities[:, :, 1], every),
