@@ -14,6 +14,7 @@ from spgdd.language import LlamaTokenizer, Vicuna
 from spgdd.model import SPGDD
 from spgdd.profiles import get_profile, weights_folder
 
+CONTEXT = 1.0  # GB of a GPU that CUDA itself takes, at most
 TOY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -39,6 +40,14 @@ def build(options, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16,
     with torch.device(options.device):
         language = Vicuna(llama, LlamaTokenizer(tokenizer or mini / "language/tokenizer.model"), imagebind.config.joint)
         return SPGDD(profile, imagebind, language, words).eval()
+
+
+def limit_gpu(gb: float) -> None:
+    """Let this process have as much as a GPU of so many GB leaves it; 0: all of this GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((gb - CONTEXT) * 1e9 / whole if gb else 1.0)
 
 
 def parser(about: str) -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from full_size import build, parse, parser
+from full_size import build, limit_gpu, parse, parser
 from PIL import Image
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -48,7 +48,6 @@ from spgdd.training.settings import TrainingSettings, load_settings
 from spgdd.training.worker import join_processes
 
 EPOCHS = 3
-CONTEXT = 1.0  # GB of a GPU that CUDA itself takes, at most
 PATIENCE = 300  # seconds after which a part is given up
 WORDS = "there is no scratch at the top left of the metal plate and I see no other defect in it".split()
 
@@ -214,14 +213,11 @@ def memory(options) -> None:
     for four_bit, batch, micro, length, recomputation, limit in cases[: 2 if options.toy else None]:
         if four_bit != bits:
             model, bits = None, four_bit
-            if torch.cuda.is_available():
-                torch.cuda.set_per_process_memory_fraction(1.0)  # building takes more than training
+            limit_gpu(0)  # building takes more than training
             model = build(options, prepare=quantise if four_bit else None)
+        limit_gpu(limit)
         if torch.cuda.is_available():
-            share = (limit - CONTEXT) * 1e9 / torch.cuda.get_device_properties(0).total_memory if limit else 1.0
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            torch.cuda.set_per_process_memory_fraction(share)
         try:
             data, _ = load(model, options, 2 * batch, length)
             fields = {"steps": 2, "log_every": 1, "compile": False, "checkpointing": recomputation}

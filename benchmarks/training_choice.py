@@ -9,8 +9,8 @@ given by hand, all in one process. Its first run is slower whatever its settings
 """
 
 import torch
-from full_size import build, parser, run_in_folder
-from training_7b import CONTEXT, load, peak, run
+from full_size import build, limit_gpu, parser, run_in_folder
+from training_7b import load, peak, run
 
 from spgdd.errors import SpgddError
 from spgdd.training.settings import load_settings
@@ -21,10 +21,7 @@ BY_HAND = [(32, False), (16, False), (4, False), (32, True)]  # micro-batch, rec
 def main(options) -> None:
     model, rates = build(options), []
     data, _ = load(model, options, options.samples, options.length)
-    if options.limit:
-        torch.cuda.empty_cache()
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction((options.limit - CONTEXT) * 1e9 / whole)
+    limit_gpu(options.limit)
     plain = {"log_every": 4} | ({"compile": False} if options.toy else {})
     by_hand = [{"micro_batch": micro, "checkpointing": again} for micro, again in BY_HAND]
     run(model, data, load_settings("recommended", steps=len(data) // 32, **plain), options)

@@ -199,7 +199,7 @@ def read_normals(normals, profile, tiles: int, unreadable: list[ImageError] | No
             unreadable.append(error)
     if own := [one[-1] for one in found if one[-1]]:  # one range for all of them, and for what is compared with them
         levels = min(low for low, _ in own), max(high for _, high in own)
-        found = [(source, *read(source, levels)) for source, *_ in found]
+        found = [one if one[-1] in (None, levels) else (one[0], *read(one[0], levels)) for one in found]
     for _, name, views, pixels, _ in found:
         pictures.setdefault(pixel_digest(pixels[0]), (name, views, pixels))
     return Normals(pictures, levels)

@@ -9,10 +9,12 @@ from PIL import Image
 
 from fake_model import FakeModel, part
 from spgdd import cli
+from spgdd import reference as reference_module
 from spgdd.calibration import PRIORS, Calibration, altered_copies, upper_bound
 from spgdd.diagnosis import Diagnoser
 from spgdd.errors import SpgddError, WeightsError
 from spgdd.imagebind.preprocess import to_pixels
+from spgdd.images import read_image
 from spgdd.loading import load_model
 from spgdd.reference import FORMAT, HELD_OUT, fingerprint, read_reference
 from spgdd.tensors import read_sealed, write_tensors
@@ -272,6 +274,16 @@ def test_a_sealed_file_of_impossible_tensors_is_refused(tmp_path, diagnoser, sav
     write_tensors(path, change(tensors), {"format": FORMAT, "about": metadata["about"]})
     with pytest.raises(WeightsError, match="spgdd memory build"):
         diagnoser.load_reference(path)
+
+
+def test_only_deep_grey_of_another_range_is_read_twice(diagnoser, monkeypatch):
+    opened, ramp = [], np.linspace(1000, 3000, 300 * 300).reshape(300, 300).astype(np.uint16)
+    monkeypatch.setattr(reference_module, "read_image", lambda *source: opened.append(source) or read_image(*source))
+    alone = diagnoser.reference(ramp, "plate")
+    assert len(opened) == 1
+    both = diagnoser.reference([ramp, part(seed=1), ramp // 2], "plate")
+    assert len(opened) == 1 + 3 + 2 and both.levels[1] == alone.levels[1] and both.levels[0] < alone.levels[0]
+    assert not alone.digests & both.digests  # in the range of both it is another picture
 
 
 def test_deep_grey_is_compared_in_the_range_of_the_normals(tmp_path, diagnoser):
