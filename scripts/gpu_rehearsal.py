@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import date
 from operator import attrgetter
@@ -304,7 +304,11 @@ def main() -> int:
     for wave, group in itertools.groupby(sorted(steps, key=attrgetter("wave")), attrgetter("wave")):
         with ThreadPoolExecutor(options.jobs if wave else 1) as pool:
             try:
-                list(pool.map(perform, group))
+                waiting = {pool.submit(perform, step) for step in group}
+                while waiting:  # a wait without end may miss a Ctrl-C that comes as it begins
+                    done, waiting = wait(waiting, timeout=0.5)
+                    for each in done:
+                        each.result()
             except BaseException:  # Ctrl-C, say
                 pool.shutdown(wait=False, cancel_futures=True)
                 for step in psutil.Process().children():
